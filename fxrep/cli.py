@@ -1,0 +1,248 @@
+"""`fxrep report|explain MODEL`: arguments in, calls, exit codes out.
+
+Nothing heavy is imported before the arguments are parsed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import importlib
+import importlib.util
+import inspect
+import os
+import sys
+import traceback
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import redirect_stdout
+from operator import attrgetter
+from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING, Any, cast
+
+import fxrep
+from fxrep.errors import FxrepError
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from fxrep.report import Report
+
+OK, FAILED, UNUSABLE = 0, 1, 2
+
+EPILOG = """\
+MODEL is one of
+  torchvision:NAME     a model of torchvision.models, such as torchvision:resnet50
+  timm:NAME            a model of timm, such as timm:repvgg_a0
+  FILE.py:CALLABLE     from a file, such as nets/mine.py:Net
+  MODULE:CALLABLE      from an importable module, such as mypackage.nets:build
+CALLABLE is an nn.Module class or a function that gives a module, callable without arguments, or a module.
+Weights are random: nothing is downloaded.
+
+exit codes
+  0  the report was printed
+  1  the model was loaded, but fxrep failed on it, or a collapse failed its certificate and was left out
+  2  bad usage, or the model cannot be loaded or does not run on --input
+"""
+
+
+class Unusable(Exception):
+    """What the user named cannot be used: one sentence with the fact and the way out."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    args = make_parser().parse_args(argv)
+    try:
+        # What the model's own code prints must not end up in the JSON.
+        with redirect_stdout(sys.stderr):
+            report = make_report(args.command, load(args.model), args.input)
+    except Unusable as error:
+        return complain(error, UNUSABLE)
+    except FxrepError as error:
+        return complain(error, FAILED)
+    print(report.to_json(indent=2) if args.json else report.text(full=args.full))
+    broken = [refusal.node for refusal in report.refusals if refusal.code == "certificate-failed"]
+    if broken:
+        return complain(f"a collapse was not equal and was left out, at {', '.join(broken)}: please report it", FAILED)
+    return OK
+
+
+def complain(error: object, code: int) -> int:
+    print(f"fxrep: {error}", file=sys.stderr)
+    return code
+
+
+def make_parser() -> argparse.ArgumentParser:
+    shared = argparse.ArgumentParser(add_help=False)
+    shared.add_argument("model", metavar="MODEL", help="torchvision:NAME, timm:NAME or path/or.module:callable")
+    shared.add_argument("--input", metavar="SHAPE", type=shape, help="an example input's shape, such as 1,3,224,224")
+    shared.add_argument("--json", action="store_true", help="print JSON instead of tables")
+    shared.add_argument("--full", action="store_true", help="print every row, fold nothing")
+    looks: dict[str, Any] = {"epilog": EPILOG, "formatter_class": argparse.RawDescriptionHelpFormatter}
+    parser = argparse.ArgumentParser("fxrep", description="Collapse a network to the convolutions it equals.", **looks)
+    parser.add_argument("--version", action="version", version=f"fxrep {fxrep.__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="{report,explain}")
+    for name, does in (
+        ("report", "Collapse MODEL and report it."),
+        ("explain", "Say what would collapse, and why not."),
+    ):
+        commands.add_parser(name, parents=[shared], help=does, description=does, **looks)
+    return parser
+
+
+def shape(text: str) -> tuple[int, ...]:
+    """`1,3,224,224` -> (1, 3, 224, 224)."""
+    sizes = text.replace(" ", "").split(",")
+    if not all(size.isdecimal() and int(size) > 0 for size in sizes):
+        raise argparse.ArgumentTypeError(f"{text!r} is no shape: give positive sizes with commas, such as 1,3,224,224")
+    return tuple(map(int, sizes))
+
+
+def make_report(command: str, model: nn.Module, sizes: tuple[int, ...] | None) -> Report:
+    example = None if sizes is None else example_input(model, sizes)
+    if command == "explain":
+        return fxrep.explain(model, example)
+    return cast("Report", fxrep.reparameterize(model, example).report)
+
+
+def example_input(model: nn.Module, sizes: tuple[int, ...]) -> Tensor:
+    """A random tensor that the model is seen to accept."""
+    import torch
+
+    example = torch.randn(sizes, generator=torch.Generator().manual_seed(0))
+    try:
+        with torch.no_grad():
+            model.eval()(example)
+    except Exception as error:
+        text = ",".join(map(str, sizes))
+        raise Unusable(f"the model does not run on --input {text}: {summary(error)}; give a shape that fits") from error
+    return example
+
+
+def load(model: str) -> nn.Module:
+    scheme, _, name = model.partition(":")
+    if name and scheme in ZOOS:
+        return ZOOS[scheme](name)
+    source, _, name = model.rpartition(":")
+    if not (source and name):
+        raise Unusable(f"{model!r} names no model: write torchvision:NAME, timm:NAME or path/or.module:callable")
+    module = load_file(Path(source)) if source.endswith(".py") else load_module(source)
+    return as_module(find(module, name, source), model)
+
+
+def load_torchvision(name: str) -> nn.Module:
+    models = load_extra("torchvision.models")
+    check_known(name, models.list_models(), "torchvision")
+    builder = models.get_model_builder(name)
+    # Detection and segmentation models download a backbone unless told not to; the others know no such argument.
+    known = inspect.signature(builder).parameters
+    nothing = {key: None for key in ("weights", "weights_backbone") if key in known}
+    return build(lambda: builder(**nothing), f"torchvision:{name}")
+
+
+def load_timm(name: str) -> nn.Module:
+    timm = load_extra("timm")
+    check_known(name.partition(".")[0], timm.list_models(), "timm")
+    return build(lambda: timm.create_model(name, pretrained=False), f"timm:{name}")
+
+
+ZOOS: dict[str, Callable[[str], nn.Module]] = {"torchvision": load_torchvision, "timm": load_timm}
+
+
+def load_extra(module: str) -> ModuleType:
+    try:
+        return importlib.import_module(module)
+    except Exception as error:  # torchvision beside a torch that it was not built for raises RuntimeError
+        package = module.partition(".")[0]
+        raise Unusable(f'{package} cannot be imported ({error}): pip install "fxrep[vision]"') from error
+
+
+def check_known(name: str, known: Iterable[str], zoo: str) -> None:
+    known = list(known)
+    if name not in known:
+        hint = did_you_mean(name, known) or f": the list_models() of {zoo} names them all"
+        raise Unusable(f"{zoo} has no model {name!r}{hint}")
+
+
+def load_file(path: Path) -> ModuleType:
+    if not path.is_file():
+        raise Unusable(f"there is no file {path} (looked from {Path.cwd()})")
+    name = f"_fxrep_user_{path.stem}"
+    spec = importlib.util.spec_from_file_location(name, path)
+    assert spec is not None and spec.loader is not None, "a file that ends in .py has a loader"
+    module = sys.modules[name] = importlib.util.module_from_spec(spec)
+    sys.path.insert(0, str(path.resolve().parent))  # as `python FILE` does: the file may import its neighbours
+    try:
+        spec.loader.exec_module(module)
+    except (Exception, SystemExit) as error:
+        raise Unusable(broken_import(str(path), f"python {path}", error)) from error
+    return module
+
+
+def load_module(name: str) -> ModuleType:
+    sys.path.insert(0, os.getcwd())  # as `python -m` does, and the installed command does not
+    try:
+        return importlib.import_module(name)
+    except (Exception, SystemExit) as error:
+        if isinstance(error, ModuleNotFoundError) and error.name and f"{name}.".startswith(f"{error.name}."):
+            hint = did_you_mean(name, ZOOS) or ": write torchvision:NAME, timm:NAME or path/or.module:callable"
+            raise Unusable(f"{name!r} is neither torchvision, timm nor an importable module{hint}") from error
+        raise Unusable(broken_import(name, f"python -c 'import {name}'", error)) from error
+
+
+def broken_import(name: str, command: str, error: BaseException) -> str:
+    frame = traceback.extract_tb(error.__traceback__)[-1]
+    place = "" if isinstance(error, SyntaxError) else f" ({frame.filename}, line {frame.lineno})"
+    return f"importing {name} failed: {summary(error)}{place}; `{command}` shows the whole traceback"
+
+
+def find(module: ModuleType, name: str, source: str) -> object:
+    try:
+        return attrgetter(name)(module)
+    except AttributeError as error:
+        names = [key for key, value in vars(module).items() if callable(value)]
+        hint = did_you_mean(name, names) or ": name a module class, a function that gives a module, or a module"
+        raise Unusable(f"{source} has no {name!r}{hint}") from error
+
+
+def as_module(found: object, model: str) -> nn.Module:
+    from torch import nn
+
+    if isinstance(found, nn.Module):
+        return found
+    if not callable(found):
+        raise Unusable(f"{model} is of type {type(found).__name__}: name an nn.Module, or what gives one when called")
+    missing = required_arguments(found)
+    if missing:
+        wants = ", ".join(missing)
+        raise Unusable(f"{model} needs arguments ({wants}): name a function without any that calls it with yours")
+    made = build(found, model)
+    if not isinstance(made, nn.Module):
+        raise Unusable(f"calling {model} gives a value of type {type(made).__name__}: it must give an nn.Module")
+    return made
+
+
+def required_arguments(function: Callable[..., object]) -> list[str]:
+    try:
+        parameters = inspect.signature(function).parameters.values()
+    except ValueError:  # some builtins have no signature: the call will tell
+        return []
+    optional = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    return [p.name for p in parameters if p.default is p.empty and p.kind not in optional]
+
+
+def build(function: Callable[..., Any], model: str) -> Any:
+    try:
+        return function()
+    except (Exception, SystemExit) as error:
+        raise Unusable(f"building {model} failed: {summary(error)}; mend what it calls, or name another") from error
+
+
+def summary(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    close = difflib.get_close_matches(name, list(known), n=3)
+    return f": did you mean {' or '.join(close)}?" if close else ""
