@@ -18,6 +18,7 @@ ORDER = (
     "shapes",
     "readers",
     "trace",
+    "mutation",
     "cost",
     "lower",
     "plan",
