@@ -1,0 +1,30 @@
+"""fxrep: collapse any PyTorch network's affine regions into the single convolutions they equal."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from fxrep.api import explain, reparameterize
+    from fxrep.errors import FxrepError, Refusal
+    from fxrep.readers import reader
+    from fxrep.report import Report
+
+_HOMES = {
+    "explain": "fxrep.api", "reparameterize": "fxrep.api", "FxrepError": "fxrep.errors", "Refusal": "fxrep.errors",
+    "reader": "fxrep.readers", "Report": "fxrep.report",
+}  # fmt: skip
+
+
+def __getattr__(name: str) -> Any:
+    """Public names are imported at their first use, so that `fxrep --help` does not wait for torch."""
+    if name not in _HOMES:
+        raise AttributeError(f"module 'fxrep' has no attribute {name!r}; it offers {', '.join(sorted(_HOMES))}")
+    from importlib import import_module
+
+    return getattr(import_module(_HOMES[name]), name)
+
+
+__all__ = ["FxrepError", "Refusal", "Report", "__version__", "explain", "reader", "reparameterize"]

@@ -1,0 +1,412 @@
+"""`AffineConv`: what an operator *is*, and the algebra of such operators. No fx, no models, no numbers.
+
+Dimension-generic: a Linear layer is the 0-dimensional convolution; 1-D, 2-D, 3-D and transposed ones share every line.
+Padding and output sizes are kept per side and may be negative (a crop).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from math import gcd, prod
+
+import torch
+
+from fxrep import kernel as K
+from fxrep.errors import Illegal
+from fxrep.kernel import Kernel
+
+Ints = tuple[int, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class AffineConv:
+    """y = W ⊛ pad(x) + b on maps with `dims` spatial axes after the channel axis.
+
+        outer ∘ inner   `compose`     k = k₁ + s₁d₂(k₂-1) on the undilated grid, s = s₁s₂, p = p₁ + s₁p₂
+        A + B           `add`         one window of taps, one dilation, one grouping; weights and biases add
+        γ·A             `scaled`      γ·W, γ·b
+        A[rows]         `take`        rows of W and b, and the input columns they still read
+        A               `regrouped`   the same operator with fewer groups (it adds zeros)
+
+    Shapes: weight (O, I/g, *taps) for transposed operators too; bias (O,) or None, which is exactly zero.
+    `pad_lo`, `pad_hi`: what is inserted before and after each spatial axis of the input (cropped from the output if
+    `transposed`). `mode` says what is inserted; for "zeros" the per-channel value `fill`, None being zero.
+    """
+
+    weight: Kernel
+    groups: int
+    stride: Ints
+    pad_lo: Ints
+    pad_hi: Ints
+    dilation: Ints
+    bias: Kernel | None = None
+    transposed: bool = False
+    mode: str = "zeros"
+    fill: Kernel | None = None
+
+    def __post_init__(self) -> None:
+        dims = len(self.weight.shape) - 2
+        geometry = (self.stride, self.pad_lo, self.pad_hi, self.dilation)
+        assert all(len(g) == dims for g in geometry), (self.weight.shape, geometry)
+        assert self.weight.shape[0] % self.groups == 0
+        if self.transposed and self.is_one_tap and not self.moves:
+            object.__setattr__(self, "transposed", False)  # the transpose of a pointwise operator is pointwise
+
+    @property
+    def dims(self) -> int:
+        return len(self.weight.shape) - 2
+
+    @property
+    def out_channels(self) -> int:
+        return self.weight.shape[0]
+
+    @property
+    def in_channels(self) -> int:
+        return self.weight.shape[1] * self.groups
+
+    @property
+    def taps(self) -> Ints:
+        return self.weight.shape[2:]
+
+    @property
+    def span(self) -> Ints:
+        """Distance between the first and the last tap, in input pixels."""
+        return tuple(d * (k - 1) for d, k in zip(self.dilation, self.taps, strict=True))
+
+    @property
+    def is_one_tap(self) -> bool:
+        return prod(self.taps) == 1
+
+    @property
+    def pads(self) -> bool:
+        """Whether anything is inserted at the border, so that `mode` and `fill` matter."""
+        return not self.transposed and any(p > 0 for p in self.pad_lo + self.pad_hi)
+
+    @property
+    def moves(self) -> bool:
+        """Whether the output's spatial grid differs from the input's, even with one tap."""
+        return any(s != 1 for s in self.stride) or any(self.pad_lo) or any(self.pad_hi)
+
+    @property
+    def is_pointwise(self) -> bool:
+        return self.is_one_tap and not self.moves and not self.transposed
+
+    @property
+    def is_diagonal(self) -> bool:
+        return self.is_pointwise and self.groups == self.in_channels == self.out_channels
+
+    @property
+    def is_identity(self) -> bool:
+        return self.is_diagonal and isinstance(self.weight, K.Dirac) and self.bias is None
+
+    @property
+    def net_pad(self) -> Ints:
+        """pad_lo + pad_hi - d(k-1): two operators of equal stride give equal sizes exactly if this is equal."""
+        return tuple(lo + hi - s for lo, hi, s in zip(self.pad_lo, self.pad_hi, self.span, strict=True))
+
+    def describe(self) -> str:
+        """Like `Conv2d(64, 64, k3x3 s1 p1)`, with what is not at its default."""
+        if not self.dims:
+            return f"Linear({self.in_channels}, {self.out_channels})"
+        def text(values: Ints) -> str:
+            return str(values[0]) if len(set(values)) == 1 else "x".join(map(str, values))
+
+        kind = f"Conv{'Transpose' if self.transposed else ''}{self.dims}d"
+        parts = [f"k{'x'.join(map(str, self.taps))}", f"s{text(self.stride)}", f"p{text(self.pad_lo)}"]
+        if self.pad_lo != self.pad_hi:
+            parts[-1] += f"/{text(self.pad_hi)}"
+        parts += [f"d{text(self.dilation)}"] if any(d != 1 for d in self.dilation) else []
+        parts += [f"g{self.groups}"] if self.groups != 1 else []
+        return f"{kind}({self.in_channels}, {self.out_channels}, {' '.join(parts)})"
+
+    def without_bias(self) -> AffineConv:
+        return self if self.bias is None else replace(self, bias=None)
+
+    def scaled(self, gain: Kernel) -> AffineConv:
+        """γ·A, for γ of shape (O,) or ()."""
+        bias = None if self.bias is None else K.scale(self.bias, gain)
+        return replace(self, weight=K.scale(self.weight, gain), bias=bias)
+
+    def regrouped(self, groups: int) -> AffineConv:
+        """The same operator with `groups` groups, a divisor of the present number."""
+        if groups == self.groups:
+            return self
+        assert self.groups % groups == 0, (self.groups, groups)
+        if isinstance(self.weight, K.Dirac):
+            weight: Kernel = K.Dirac((self.out_channels, self.in_channels // groups, *self.taps))
+        else:
+            shape = (self.out_channels, self.in_channels // groups, *self.taps)
+            weight = K.Regroup(shape, self.weight, self.groups, groups)
+        return replace(self, weight=weight, groups=groups)
+
+    def take(self, rows: Ints) -> tuple[AffineConv, Ints | None]:
+        """The operator that gives only `rows`, and the input channels it still reads (None: all of them)."""
+        if rows == tuple(range(self.out_channels)):
+            return self, None
+        groups = _groups_of(rows, self.out_channels // self.groups)
+        if self.groups == 1 or groups is None:
+            dense = self.regrouped(1)
+            return replace(dense, weight=K.take(dense.weight, rows), bias=_take(dense.bias, rows)), None
+        width = self.in_channels // self.groups
+        columns = tuple(c for g in groups for c in range(g * width, (g + 1) * width))
+        weight = K.Dirac((len(rows), *self.weight.shape[1:])) if self.is_identity else K.take(self.weight, rows)
+        taken = replace(self, weight=weight, bias=_take(self.bias, rows), groups=len(groups), fill=_take(self.fill, columns))
+        return taken, columns
+
+    def columns(self, start: int, stop: int) -> AffineConv:
+        """The part of an operator that reads the input channels [start, stop), ungrouped and without its bias."""
+        dense = self.regrouped(1).without_bias()
+        weight = K.TakeColumns((self.out_channels, stop - start, *self.taps), dense.weight, start, stop)
+        return replace(dense, weight=weight, fill=_take(self.fill, tuple(range(start, stop))))
+
+    def outside(self) -> Kernel | None:
+        """What a one-tap operator gives beyond its input: its own padding value through the tap, plus its bias."""
+        through = None if self.fill is None or not self.pads else K.Contract(
+            (self.out_channels,), self.weight, self.fill, self.groups
+        )
+        return K.total(through, self.bias)
+
+
+def identity(channels: int, dims: int) -> AffineConv:
+    """The operator that changes nothing, depthwise with one tap."""
+    ones, zeros = (1,) * dims, (0,) * dims
+    return AffineConv(K.Dirac((channels, 1, *ones)), channels, ones, zeros, zeros, ones)
+
+
+def diagonal(gain: Kernel, channels: int, dims: int) -> AffineConv:
+    """x ↦ diag(γ)·x, for γ of shape (C,) or ()."""
+    return identity(channels, dims).scaled(gain)
+
+
+def compose(outer: AffineConv, inner: AffineConv) -> AffineConv:
+    """outer ∘ inner as one convolution.
+
+    W[o,i,u] = Σ_{c, d₁t₁ + s₁d₂t₂ = u} W₂[o,c,t₂]·W₁[c,i,t₁];   b = b₂ + Σ_{c,t} W₂[o,c,t]·b₁[c]
+    Shapes: W₁ (C, I/g₁, K₁), W₂ (O, C/g₂, K₂) -> (O, I/gcd(g₁,g₂), K₁ + s₁(K₂-1)) on the undilated grid.
+    (Ding et al., "Diverse Branch Block", arXiv 2103.13425, transforms I and III, for any geometry.)
+    Raises Illegal where `outer` pads over a map that is not, outside `inner`'s output, what it pads with.
+    """
+    check_geometry(outer, inner)
+    check_outside(outer, inner.outside())
+    bias = K.total(outer.bias, bias_through(outer, inner.bias))
+    return replace(compose_weights(outer, inner), bias=bias)
+
+
+def bias_through(outer: AffineConv, bias: Kernel | None) -> Kernel | None:
+    """What `outer`, without its own bias, makes of a constant map: Σ_{c,t} W₂[o,c,t]·b[c]."""
+    if bias is None:
+        return None
+    vector = K.spread(bias, outer.in_channels)
+    if outer.is_identity:
+        return vector
+    return K.Contract((outer.out_channels,), outer.weight, vector, outer.groups)
+
+
+def compose_weights(outer: AffineConv, inner: AffineConv) -> AffineConv:
+    """outer ∘ inner without biases; the caller has checked that it is legal."""
+    if outer.is_identity:
+        return inner.without_bias()
+    if inner.is_identity:
+        return replace(outer, bias=None, fill=None)  # a legal fill was the bias before it, which is accounted for
+    geometry = outer if outer.transposed else inner
+    return AffineConv(
+        weight=_composed_kernel(outer, inner),
+        groups=gcd(outer.groups, inner.groups),
+        stride=tuple(a * b for a, b in zip(inner.stride, outer.stride, strict=True)),
+        pad_lo=tuple(p + s * q for p, s, q in zip(inner.pad_lo, inner.stride, outer.pad_lo, strict=True)),
+        pad_hi=tuple(p + s * q for p, s, q in zip(inner.pad_hi, inner.stride, outer.pad_hi, strict=True)),
+        dilation=tuple(g for g, *_ in _grids(outer, inner)),
+        transposed=geometry.transposed,
+        mode=outer.mode if outer.pads else inner.mode,
+        fill=inner.fill,
+    )
+
+
+def _composed_kernel(outer: AffineConv, inner: AffineConv) -> Kernel:
+    if outer.is_diagonal:
+        return K.ScaleRows(inner.weight.shape, inner.weight, _diagonal_of(outer))
+    if inner.is_diagonal:
+        return K.ScaleColumns(outer.weight.shape, outer.weight, _diagonal_of(inner), outer.groups)
+    groups = gcd(outer.groups, inner.groups)
+    grids = _grids(outer, inner)
+    taps = tuple(s1 * (k1 - 1) + s2 * (k2 - 1) + 1 for (_, s2, s1), k2, k1 in zip(grids, outer.taps, inner.taps, strict=True))
+    shape = (outer.out_channels, inner.in_channels // groups, *taps)
+    w2, w1 = outer.regrouped(groups).weight, inner.regrouped(groups).weight
+    return K.Compose(shape, w2, w1, groups, tuple(g[1] for g in grids), tuple(g[2] for g in grids))
+
+
+def _diagonal_of(operator: AffineConv) -> Kernel:
+    weight = operator.weight
+    if isinstance(weight, K.ScaleRows) and isinstance(weight.weight, K.Dirac):
+        return weight.gain
+    return K.Map((operator.out_channels,), _flat, (weight,))
+
+
+def _flat(weight: torch.Tensor) -> torch.Tensor:
+    return weight.flatten()
+
+
+def _grids(outer: AffineConv, inner: AffineConv) -> list[tuple[int, int, int]]:
+    """Per axis: the dilation of the result, and the steps of the outer's and the inner's taps on that grid."""
+    grids = []
+    for k2, d2, k1, d1, s1 in zip(outer.taps, outer.dilation, inner.taps, inner.dilation, inner.stride, strict=True):
+        step2 = d2 if outer.transposed or inner.transposed else s1 * d2
+        grid = gcd(step2 if k2 > 1 else 0, d1 if k1 > 1 else 0) or 1
+        grids.append((grid, step2 // grid if k2 > 1 else 1, d1 // grid if k1 > 1 else 1))
+    return grids
+
+
+def check_geometry(outer: AffineConv, inner: AffineConv) -> None:
+    """Raises Illegal where outer ∘ inner is no convolution whatever the biases are."""
+    if outer.dims != inner.dims:
+        raise Illegal("layout", f"a {outer.dims}-D operator meets a {inner.dims}-D one")
+    if outer.in_channels != inner.out_channels:
+        raise Illegal("broadcast", f"{inner.out_channels} channels meet an operator that reads {outer.in_channels}")
+    if (outer.transposed and not inner.is_pointwise) or (inner.transposed and not outer.is_pointwise):
+        raise Illegal("transposed", "a transposed convolution composes only with pointwise operators")
+    if outer.pads and outer.mode != "zeros":
+        _check_reflection(outer, inner)
+        return
+    if outer.pads and inner.pads and inner.mode != "zeros":
+        raise Illegal("padding-mode", f"zero padding over {inner.mode} padding")
+    for axis in range(outer.dims):
+        _check_padded_axis(outer, inner, axis)
+
+
+def _check_reflection(outer: AffineConv, inner: AffineConv) -> None:
+    """Reflection, replication and wrapping commute with an operator that moves nothing along the padded axes."""
+    if inner.pads and inner.mode != outer.mode:
+        raise Illegal("padding-mode", f"{outer.mode} padding over {inner.mode} padding")
+    for axis in range(outer.dims):
+        still = inner.taps[axis] == inner.stride[axis] == 1 and not inner.pad_lo[axis] and not inner.pad_hi[axis]
+        if max(outer.pad_lo[axis], outer.pad_hi[axis]) > 0 and not still:
+            raise Illegal("padding-mode", f"{outer.mode} padding does not commute with the {inner.describe()} before it")
+
+
+def _check_padded_axis(outer: AffineConv, inner: AffineConv, axis: int) -> None:
+    lo, hi = outer.pad_lo[axis], outer.pad_hi[axis]
+    if outer.transposed or max(lo, hi) <= 0:
+        return
+    cropped = (lo > 0 and inner.pad_lo[axis] < 0) or (hi > 0 and inner.pad_hi[axis] < 0)
+    if inner.taps[axis] > 1 or cropped:
+        raise Illegal(
+            "pads-over-taps",
+            f"padding={max(lo, hi)} inserts a constant where {inner.describe()} has taps inside its input",
+            "pad once, before the first of the two, and none at the second",
+        )
+
+
+def check_outside(outer: AffineConv, outside: Kernel | None) -> None:
+    """Raises Illegal unless `outer` pads with just what lies beyond its input (None: zero), or does not pad."""
+    if outer.transposed and outside is not None:
+        raise Illegal("pads-over-bias", "a transposed convolution sums a varying number of copies of the bias before it")
+    if not outer.pads or outer.mode != "zeros" or same_vector(outer.fill, outside, outer.in_channels):
+        return
+    bound = 0.0 if outside is None else float(K.evaluate(outside).abs().max())
+    raise Illegal(
+        "pads-over-bias",
+        f"padding={max(outer.pad_lo + outer.pad_hi)} inserts {'0' if outer.fill is None else 'its own value'} "
+        f"where the map before it is up to {bound:.2g}, so the border would differ",
+        "pad with the bias value before it, or padding=0",
+    )
+
+
+def same_vector(a: Kernel | None, b: Kernel | None, length: int) -> bool:
+    """Whether two per-channel constants are equal to the accuracy of float64 (None is zero)."""
+    if a is b:
+        return True
+    zeros = torch.zeros(length, dtype=torch.float64)
+    values = [zeros if v is None else K.evaluate(K.spread(v, length)).cpu() for v in (a, b)]
+    return bool(torch.allclose(*values, rtol=1e-9, atol=1e-12))
+
+
+def add(a: AffineConv, b: AffineConv) -> AffineConv:
+    """A + B as one convolution of the same input (DBB transform II, and ACNet's enlarged kernels).
+
+    Raises Illegal unless strides and net padding agree, and the paddings insert the same.
+    """
+    if (a.in_channels, a.out_channels) != (b.in_channels, b.out_channels):
+        raise Illegal("broadcast", f"{a.describe()} is added to {b.describe()}")
+    _check_alignable(a, b)
+    groups = gcd(a.groups, b.groups)
+    a, b = (_on_common_window(x, a, b) for x in (a.regrouped(groups), b.regrouped(groups)))
+    padded = b if b.pads and not a.pads else a
+    weight = K.Sum(a.weight.shape, (a.weight, b.weight))
+    return replace(padded, weight=weight, bias=K.total(a.bias, b.bias))
+
+
+def stack(a: AffineConv, b: AffineConv, same_input: bool) -> AffineConv:
+    """Both outputs, one after the other, without biases: more rows on the same input, or more groups side by side."""
+    _check_alignable(a, b)
+    if same_input and a.in_channels != b.in_channels:
+        raise Illegal("broadcast", f"{a.describe()} is stacked on {b.describe()}")
+    if same_input:
+        a, b = a.regrouped(1), b.regrouped(1)
+    elif (a.weight.shape[1], a.out_channels * b.groups) != (b.weight.shape[1], b.out_channels * a.groups):
+        raise Illegal("broadcast", f"{a.describe()} has other groups than {b.describe()}")
+    groups = 1 if same_input else a.groups + b.groups
+    a, b = (_on_common_window(x, a, b) for x in (a, b))
+    padded = b if b.pads and not a.pads else a
+    fill = padded.fill
+    if fill is not None and not same_input:
+        fill = K.stack([K.spread(fill, x.in_channels) for x in (a, b)])
+    return replace(padded, weight=K.stack([a.weight, b.weight]), groups=groups, bias=None, fill=fill)
+
+
+def _on_common_window(x: AffineConv, a: AffineConv, b: AffineConv) -> AffineConv:
+    """x on the window of taps that holds both a's and b's."""
+    lo = tuple(max(p, q) for p, q in zip(a.pad_lo, b.pad_lo, strict=True))
+    hi = tuple(max(p, q) for p, q in zip(a.pad_hi, b.pad_hi, strict=True))
+    grid = _common_grid(a, b, lo)
+    taps = tuple((low + high - net) // g + 1 for low, high, net, g in zip(lo, hi, a.net_pad, grid, strict=True))
+    return replace(x, weight=_placed(x, lo, grid, taps), pad_lo=lo, pad_hi=hi, dilation=grid)
+
+
+def _common_grid(a: AffineConv, b: AffineConv, lo: Ints) -> Ints:
+    """The coarsest dilation on which the taps of both operators lie."""
+    steps = []
+    for axis in range(a.dims):
+        distances = [lo[axis] - x.pad_lo[axis] for x in (a, b)]
+        distances += [x.dilation[axis] for x in (a, b) if x.taps[axis] > 1]
+        steps.append(gcd(*distances) or 1)
+    return tuple(steps)
+
+
+def _placed(operator: AffineConv, lo: Ints, grid: Ints, taps: Ints) -> Kernel:
+    if taps == operator.taps:
+        return operator.weight
+    offset = tuple((low - p) // g for low, p, g in zip(lo, operator.pad_lo, grid, strict=True))
+    step = tuple(max(d // g, 1) for d, g in zip(operator.dilation, grid, strict=True))
+    return K.Place((*operator.weight.shape[:2], *taps), operator.weight, offset, step)
+
+
+def _check_alignable(a: AffineConv, b: AffineConv) -> None:
+    if a.dims != b.dims:
+        raise Illegal("layout", f"a {a.dims}-D operator is added to a {b.dims}-D one")
+    if a.transposed != b.transposed:
+        raise Illegal("transposed", "a transposed convolution is added to a plain one")
+    if a.stride != b.stride:
+        raise Illegal("stride", f"strides {a.stride} and {b.stride} are added")
+    if a.net_pad != b.net_pad:
+        raise Illegal("net-pad", f"{a.describe()} and {b.describe()} differ in pad_lo + pad_hi - d(k-1)")
+    if a.pads and b.pads and a.mode != b.mode:
+        raise Illegal("padding-mode", f"{a.mode} padding is added to {b.mode} padding")
+    if a.pads and b.pads and not same_vector(a.fill, b.fill, a.in_channels):
+        raise Illegal("pad-value", "the branches pad with different values")
+
+
+def _groups_of(rows: Ints, per_group: int) -> Ints | None:
+    """The groups that `rows` run through, if they come in equal runs of one group each."""
+    runs: list[list[int]] = []
+    for row in rows:
+        group = row // per_group
+        if not runs or runs[-1][0] != group or len(runs[-1]) == per_group:
+            runs.append([])
+        runs[-1].append(group)
+    if not all(len(run) == per_group for run in runs):
+        return None
+    return tuple(run[0] for run in runs)
+
+
+def _take(vector: Kernel | None, index: Ints) -> Kernel | None:
+    return None if vector is None or not vector.shape else K.take(vector, index)

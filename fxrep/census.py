@@ -1,0 +1,46 @@
+"""How many calls of each kind a graph executes; modules never called do not count."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Mapping
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.fx import Graph, Node
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.conv import _ConvNd
+
+MODULES: dict[str, tuple[type[nn.Module], ...]] = {
+    "conv": (_ConvNd,),
+    "linear": (nn.Linear,),
+    "bn": (_BatchNorm,),
+    "pool": (nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d, nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d),
+}
+FUNCTIONS: dict[str, frozenset[object]] = {
+    "conv": frozenset({F.conv1d, F.conv2d, F.conv3d, F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d}),
+    "linear": frozenset({F.linear}),
+    "bn": frozenset({F.batch_norm}),
+    "add": frozenset({operator.add, operator.iadd, torch.add, "add", "add_", operator.sub, operator.isub, torch.sub, "sub"}),
+    "mul": frozenset({operator.mul, operator.imul, torch.mul, "mul", "mul_", operator.truediv, torch.div, torch.addcmul}),
+    "pool": frozenset({F.avg_pool1d, F.avg_pool2d, F.avg_pool3d, F.max_pool1d, F.max_pool2d, F.max_pool3d}),
+}
+KINDS = ("conv", "linear", "bn", "add", "mul", "pool")
+
+
+def census(graph: Graph, modules: Mapping[str, nn.Module], numbers: Mapping[str, object] | None = None) -> dict[str, int]:
+    """Calls by kind; `numbers` names nodes that compute sizes, whose additions are none of the network's."""
+    counts = dict.fromkeys(KINDS, 0)
+    for node in graph.nodes:
+        if node.name not in (numbers or {}):
+            for kind in _kinds(node, modules):
+                counts[kind] += 1
+    return counts
+
+
+def _kinds(node: Node, modules: Mapping[str, nn.Module]) -> list[str]:
+    if node.op == "call_module":  # a module that was kept whole counts with everything in it
+        inside = modules[str(node.target)].modules()
+        return [kind for m in inside for kind, types in MODULES.items() if isinstance(m, types)]
+    return [kind for kind, targets in FUNCTIONS.items() if node.op.startswith("call") and node.target in targets]

@@ -1,0 +1,149 @@
+"""The certificate: before a fold is installed, it is compared in float64 with the sub-graph it replaces."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.fx import Node
+
+from fxrep import kernel as K
+from fxrep.errors import Refusal
+from fxrep.fold import Folded, run
+from fxrep.form import Anchor
+from fxrep.plan import Decision
+from fxrep.readers import Readings
+from fxrep.shapes import Axis, Dim, Shape, free_axes
+
+TOLERANCE = 1e-8  # relative to the largest output, in float64: some 1e7 units of rounding
+SEED = 0x5EED
+
+
+def certify(decision: Decision, folded: Mapping[int, Folded], nodes: Mapping[str, Node], readings: Readings) -> Refusal | None:
+    """None if the fold gives what its sub-graph gives, on random data with border pixels, at two sizes."""
+    for extra in (0, 1):
+        try:
+            anchors = _random_anchors(decision, readings, extra, _device(folded))
+            with torch.no_grad():
+                expected = _Interpreter(nodes, readings, anchors).value(nodes[decision.node])
+                got = run(decision.recipe, folded, lambda a: _rows(anchors[a.source], a, decision.recipe.dims or 0))
+        except Exception as error:  # any failure to run it means that it is not certified
+            return _failed(decision, f"could not be run: {type(error).__name__}: {' '.join(str(error).split())[:160]}")
+        if got.shape != expected.shape:
+            return _failed(decision, f"gives the shape {tuple(got.shape)}, not {tuple(expected.shape)}")
+        error_, scale = (got - expected).abs().max(), expected.abs().max()
+        if not error_ <= TOLERANCE * (scale + _spread(anchors)):
+            return _failed(decision, f"differs by {error_:.2g} where the values are up to {scale:.2g}")
+    return None
+
+
+def _failed(decision: Decision, fact: str) -> Refusal:
+    return Refusal(
+        decision.node, "certificate-failed", f"the fold into {decision.recipe.describe()} {fact}",
+        "this is a bug in fxrep or in a reader; the model was left as it is here",
+    )  # fmt: skip
+
+
+def _spread(anchors: Mapping[str, Tensor]) -> float:
+    return 1e-6 * max((float(t.abs().max()) for t in anchors.values()), default=0.0)
+
+
+def _device(folded: Mapping[int, Folded]) -> torch.device:
+    return next((f.like.device for f in folded.values() if f.weight is not None), torch.device("cpu"))
+
+
+def _rows(value: Tensor, anchor: Anchor, dims: int) -> Tensor:
+    if anchor.rows is None:
+        return value
+    return value.index_select(-dims - 1, torch.tensor(anchor.rows, device=value.device))
+
+
+def _random_anchors(decision: Decision, readings: Readings, extra: int, device: torch.device) -> dict[str, Tensor]:
+    """Random values for the anchors: small maps with a border all around an interior, of no two equal sides."""
+    dims = decision.recipe.dims or 0
+    span = max((max(e.operator.span, default=0) for e in decision.recipe.emits if e.operator), default=0)
+    shapes = {s: readings.facts.shapes.full(readings.facts.shapes.of[s]) for s in decision.recipe.form.sources}
+    least = span + 1 + extra
+    generator = torch.Generator().manual_seed(SEED + extra)
+    sizes = _axis_sizes(list(shapes.values()), readings, dims, least)
+    values = {}
+    for source, shape in shapes.items():
+        channels = next((a.operator.in_channels for a in decision.recipe.emits if a.operator and a.anchor == Anchor(source)), 3)
+        concrete = _concrete(shape, readings, sizes, dims, channels)
+        values[source] = torch.randn(concrete, generator=generator, dtype=torch.float64).to(device)
+    return values
+
+
+def _axis_sizes(shapes: list[Shape], readings: Readings, dims: int, least: int) -> dict[Axis, int]:
+    """The smallest size of every free axis for which every anchor's axis is at least `least`; sides are kept apart."""
+    known = readings.facts.shapes
+    sizes: dict[Axis, int] = {}
+    spatial = [(i, d) for s in shapes for i in range(1, dims + 1) if (d := known.dim(s, -i)) is not None]
+    for position, dim in spatial:
+        for axis in free_axes([dim]):
+            size = sizes.get(axis, 1)
+            sizes[axis] = size
+            while known.evaluate(dim, lambda a: sizes.get(a, 1)) < least + position % 2 and sizes[axis] < 1 << 20:
+                sizes[axis] += 1 if sizes[axis] < 64 else sizes[axis] // 16
+    return sizes
+
+
+def _concrete(shape: Shape, readings: Readings, sizes: dict[Axis, int], dims: int, channels: int) -> tuple[int, ...]:
+    known = readings.facts.shapes
+    rank = known.rank(shape) or max(len(shape.tail), dims + 1) + 1
+    numbers = []
+    for i in range(-rank, 0):
+        dim: Dim | None = known.dim(shape, i)
+        if dim is None or (isinstance(dim, type(dim)) and not isinstance(dim, int) and i == -dims - 1):
+            numbers.append(channels)
+        else:
+            numbers.append(max(known.evaluate(dim, lambda axis: sizes.get(axis, 2)), 1))
+    return tuple(numbers)
+
+
+class _Interpreter:
+    """Runs the original nodes between the anchors and a value, on demand, in float64."""
+
+    def __init__(self, nodes: Mapping[str, Node], readings: Readings, anchors: Mapping[str, Tensor]) -> None:
+        self.readings = readings
+        self.values: dict[str, Any] = dict(anchors)
+        self.nodes = nodes
+
+    def value(self, wanted: Node) -> Any:
+        todo = [wanted]
+        while todo:
+            node = todo[-1]
+            missing = [n for n in node.all_input_nodes if n.name not in self.values]
+            if node.name in self.values or not missing or node.name in self.readings.facts.constants:
+                todo.pop()
+                if node.name not in self.values:
+                    self.values[node.name] = self._run(node)
+            else:
+                todo.extend(missing)
+        return self.values[wanted.name]
+
+    def _run(self, node: Node) -> Any:
+        constant = self.readings.facts.constants.get(node.name)
+        if constant is not None:
+            known = constant.tensor if isinstance(constant, K.Leaf) else None
+            return known if known is not None and not known.is_floating_point() else K.evaluate(constant)
+        args, kwargs = torch.fx.map_arg((node.args, dict(node.kwargs)), lambda n: self.values[n.name])
+        if node.op == "call_module":
+            return run_in_float64(self.readings.facts.modules[str(node.target)], args, kwargs)
+        if node.op == "call_method":
+            return getattr(args[0], str(node.target))(*args[1:], **kwargs)
+        if node.op != "call_function":
+            raise RuntimeError(f"{node.name} is not between the anchors and the value")
+        return node.target(*args, **kwargs)  # type: ignore[operator]
+
+
+def run_in_float64(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """The module's forward with its parameters and buffers in float64, without changing it."""
+    state = {n: t.detach().double() if t.is_floating_point() else t for n, t in _state(module)}
+    return torch.func.functional_call(module, state, args, kwargs)
+
+
+def _state(module: nn.Module) -> list[tuple[str, Tensor]]:
+    return [*module.named_parameters(), *module.named_buffers()]

@@ -1,0 +1,69 @@
+"""What an operator costs: a roofline over shapes, `max(MACs / peak, bytes / bandwidth) + launch`. Pure; no weights, no fx."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
+
+BYTES = 4  # per element: float32; only ratios matter
+
+
+@dataclass(frozen=True)
+class Profile:
+    """What a device does: multiply-adds per second by kind of kernel, bytes per second, seconds to start an operator."""
+
+    name: str
+    peak: Mapping[str, float]
+    bandwidth: float
+    launch: float
+
+
+#: Two cores of a server in eager mode, and a data-centre GPU: orders of magnitude, for choices and not for predictions.
+PROFILES: Mapping[str, Profile] = MappingProxyType({
+    "cpu": Profile(
+        "cpu", {"dense": 5e10, "pointwise": 4e10, "depthwise": 8e9, "grouped": 1.5e10, "linear": 3e10}, 1.2e10, 1.2e-5
+    ),
+    "cuda": Profile(
+        "cuda", {"dense": 5e13, "pointwise": 3e13, "depthwise": 2e12, "grouped": 6e12, "linear": 3e13}, 2e12, 6e-6
+    ),
+})  # fmt: skip
+
+
+def profile_for(device_type: str) -> Profile:
+    """The shipped profile for a torch device type; an accelerator without its own is taken for a GPU."""
+    return PROFILES["cpu"] if device_type in ("cpu", "meta") else PROFILES["cuda"]
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a step does: multiply-adds of one kind, elements moved, operators started."""
+
+    macs: float = 0.0
+    kind: str = "dense"
+    elements: float = 0.0
+    steps: int = 0
+    weights: float = field(default=0.0)
+
+    def seconds(self, profile: Profile) -> float:
+        """The roofline of this step on a device.
+
+        >>> Work(macs=5e10, steps=1).seconds(PROFILES["cpu"])
+        1.000012
+        """
+        compute = self.macs / profile.peak[self.kind]
+        memory = BYTES * (self.elements + self.weights) / profile.bandwidth
+        return max(compute, memory) + self.steps * profile.launch
+
+
+def kind_of(taps: int, dims: int, groups: int, in_channels: int) -> str:
+    """Which peak a convolution can reach.
+
+    >>> kind_of(9, 2, 1, 64), kind_of(9, 2, 64, 64), kind_of(1, 0, 1, 64)
+    ('dense', 'depthwise', 'linear')
+    """
+    if dims == 0:
+        return "linear"
+    if groups == 1:
+        return "pointwise" if taps == 1 else "dense"
+    return "depthwise" if groups == in_channels else "grouped"

@@ -1,0 +1,70 @@
+"""What fxrep says when it says no: one exception for users, one for the algebra, one record for the report."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+class FxrepError(Exception):
+    """Base of every error that fxrep raises on purpose; the message names the thing, the fact and the way out."""
+
+
+#: Every refusal code and what it means. A reader or the algebra may use no other: a typo fails at import or at once.
+CODES: dict[str, str] = {
+    "assert-on-value": "an assertion reads the value itself",
+    "batch-statistics": "a normalisation uses the statistics of the batch, which are not constants",
+    "broadcast": "an operand would broadcast, so the operator is not one convolution per channel",
+    "certificate-failed": "the fold did not reproduce the sub-graph it replaces: a bug in fxrep or in a reader",
+    "costs-more": "the merged operator is predicted slower than the parts",
+    "device-mismatch": "the parameters live on different devices",
+    "dynamic-padding": "the padding depends on the input's size",
+    "hooked": "a forward hook looks at, or may change, the module's input or output",
+    "layout": "the operands act on different channel axes",
+    "metadata": "the size of the value is read, and no value that is kept has that size",
+    "mutation": "the value is written in place while another reader may still see it",
+    "net-pad": "the branches' kernels cannot be aligned: pad_lo + pad_hi - dilation*(kernel-1) differs",
+    "not-affine": "the op is not an affine map of its input",
+    "not-traceable": "the forward cannot be traced symbolically",
+    "output": "the value itself is returned by the network",
+    "pad-value": "the padding value is not what the operator gives outside its input",
+    "padding-mode": "two different paddings meet in one operator",
+    "pads-over-bias": "zero padding meets a map that is not zero outside its input",
+    "pads-over-taps": "padding cuts through taps that the composed operator would compute",
+    "pool-border": "the average divides by a varying count at the border",
+    "rank-unknown": "the number of dimensions decides the channel axis, and it is not known",
+    "shape-unknown": "the sizes that decide the meaning of the op are not known",
+    "shared": "the value has other readers, and computing it for each costs more",
+    "stride": "the branches have different strides",
+    "transposed": "a transposed convolution does not compose with this operator",
+    "unsupported-options": "the op is called with options that have no affine reading",
+}
+
+
+def _check_code(code: str) -> None:
+    if code not in CODES:
+        raise ValueError(f"unknown refusal code {code!r}; the codes are: {', '.join(sorted(CODES))}")
+
+
+class Illegal(Exception):  # noqa: N818 - it is an answer of the algebra, not an error of the user
+    """An operation of the algebra that would not be equal; carries a code of `CODES`, the reason and a way out."""
+
+    def __init__(self, code: str, reason: str, hint: str = "") -> None:
+        _check_code(code)
+        super().__init__(f"[{code}] {reason}")
+        self.code, self.reason, self.hint = code, reason, hint
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """One opportunity declined: at which node, by which rule, why, and what would let it through."""
+
+    node: str
+    code: str
+    reason: str
+    hint: str = ""
+
+    def __post_init__(self) -> None:
+        _check_code(self.code)
+
+    def __str__(self) -> str:
+        return f"{self.node}: refused [{self.code}] {self.reason}" + (f" Hint: {self.hint}" if self.hint else "")

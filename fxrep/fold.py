@@ -1,0 +1,151 @@
+"""From a recipe to numbers and layers: kernels are evaluated once, in float64, and cast once, at the end."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fxrep import kernel as K
+from fxrep.affine import AffineConv
+from fxrep.errors import Illegal
+from fxrep.form import Anchor
+from fxrep.kernel import Kernel
+from fxrep.lower import Emit, Recipe, is_same, needs_explicit_pad
+
+CONV_LAYERS: dict[tuple[int, bool], type[nn.Module]] = {
+    (1, False): nn.Conv1d, (2, False): nn.Conv2d, (3, False): nn.Conv3d,
+    (1, True): nn.ConvTranspose1d, (2, True): nn.ConvTranspose2d, (3, True): nn.ConvTranspose3d,
+}  # fmt: skip
+CONVOLVE = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
+CONVOLVE_TRANSPOSED = {1: F.conv_transpose1d, 2: F.conv_transpose2d, 3: F.conv_transpose3d}
+
+
+@dataclass(frozen=True, eq=False)
+class Folded:
+    """An emit with its numbers: `weight` in the layout of its torch layer, or a scale; all in float64."""
+
+    emit: Emit
+    weight: Tensor | None
+    bias: Tensor | None
+    fill: float
+    like: Tensor
+    trainable: bool
+
+
+def fold(emit: Emit) -> Folded:
+    """Evaluates the emit's kernels. Raises Illegal where its parameters live on several devices."""
+    weight = emit.gain if emit.operator is None else emit.operator.weight
+    bias = emit.bias if emit.operator is None else emit.operator.bias
+    found = list(K.leaves(weight, bias))
+    devices = {leaf.tensor.device for leaf in found}
+    if len(devices) > 1:
+        raise Illegal("device-mismatch", f"the parameters live on {', '.join(sorted(map(str, devices)))}")
+    like = max((leaf.tensor for leaf in found), key=lambda t: t.ndim, default=torch.zeros(()))
+    with torch.no_grad():
+        w, b = (None if k is None else K.evaluate(k).to(like.device) for k in (weight, bias))
+        if w is not None and emit.operator is not None and emit.operator.transposed:
+            w = _columns_first(w, emit.operator.groups)
+    fill = emit.operator.fill.value if emit.operator and isinstance(emit.operator.fill, K.Constant) else 0.0
+    return Folded(emit, w, b, fill, like, any(leaf.tensor.requires_grad for leaf in found))
+
+
+def _columns_first(weight: Tensor, groups: int) -> Tensor:
+    """(O, I/g, *K) as torch's (I, O/g, *K) for transposed layers."""
+    rows, columns, *taps = weight.shape
+    return weight.reshape(groups, rows // groups, columns, *taps).transpose(1, 2).flatten(0, 1).contiguous()
+
+
+def pad_arguments(operator: AffineConv) -> list[int]:
+    """The pads in the order of `F.pad`, last axis first."""
+    return [p for lo, hi in zip(reversed(operator.pad_lo), reversed(operator.pad_hi), strict=True) for p in (lo, hi)]
+
+
+def pad_mode(operator: AffineConv) -> str:
+    return "constant" if operator.mode == "zeros" else operator.mode
+
+
+def layer_of(folded: Folded) -> nn.Module:
+    """The plain torch layer of a convolution or linear emit, in the dtype and on the device of what it replaces."""
+    operator = folded.emit.operator
+    assert operator is not None and folded.weight is not None
+    layer = _empty_layer(operator)
+    layer.weight = _parameter(folded.weight, folded)
+    layer.bias = None if folded.bias is None else _parameter(folded.bias, folded)
+    return layer.eval()
+
+
+def _parameter(value: Tensor, folded: Folded) -> nn.Parameter:
+    cast = value.to(folded.like.dtype)
+    if folded.like.ndim == cast.ndim == 4 and folded.like.is_contiguous(memory_format=torch.channels_last):
+        if not folded.like.is_contiguous():
+            cast = cast.contiguous(memory_format=torch.channels_last)
+    return nn.Parameter(cast, requires_grad=folded.trainable)
+
+
+def scale_of(value: Tensor, folded: Folded, dims: int) -> nn.Parameter:
+    """A per-channel vector as a parameter that broadcasts over the `dims` axes after it."""
+    return nn.Parameter(value.to(folded.like.dtype).reshape(-1, *(1,) * dims), requires_grad=folded.trainable)
+
+
+def _empty_layer(operator: AffineConv) -> nn.Module:
+    bias = operator.bias is not None
+    channels = operator.in_channels, operator.out_channels
+    if not operator.dims:
+        return nn.Linear(*channels, bias=bias, device="meta")
+    layer = CONV_LAYERS[operator.dims, operator.transposed]
+    options: dict[str, Any] = {"stride": operator.stride, "dilation": operator.dilation, "groups": operator.groups}
+    if operator.transposed:
+        extra = tuple(lo - hi for lo, hi in zip(operator.pad_lo, operator.pad_hi, strict=True))
+        options |= {"padding": operator.pad_lo, "output_padding": extra}
+    elif needs_explicit_pad(operator):
+        options["padding"] = 0
+    else:
+        options["padding"] = operator.pad_lo if operator.pad_lo == operator.pad_hi else "same"
+        options["padding_mode"] = operator.mode if operator.pads else "zeros"
+    return layer(*channels, operator.taps, bias=bias, device="meta", **options)
+
+
+def run(recipe: Recipe, folded: Mapping[int, Folded], values: Callable[[Anchor], Tensor]) -> Tensor:
+    """The recipe on numbers, in their dtype; what the certificate compares."""
+    parts = []
+    for part in recipe.parts:
+        total = None
+        for emit in part:
+            term = _run_emit(folded[id(emit)], values(emit.anchor), recipe.dims or 0)
+            total = term if total is None else total + term
+        parts.append(total)
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-(recipe.dims or 0) - 1)  # type: ignore[arg-type,return-value]
+
+
+def _run_emit(folded: Folded, x: Tensor, dims: int) -> Tensor:
+    operator, weight, bias = folded.emit.operator, folded.weight, folded.bias
+    if operator is not None:
+        return _run_operator(operator, folded, x)
+    if weight is not None:
+        x = x * (weight.reshape(-1, *(1,) * dims) if weight.ndim else weight)
+    if bias is not None:
+        x = x + (bias.reshape(-1, *(1,) * dims) if bias.ndim else bias)
+    return x
+
+
+def _run_operator(operator: AffineConv, folded: Folded, x: Tensor) -> Tensor:
+    weight, bias = folded.weight, folded.bias
+    assert weight is not None
+    if not operator.dims:
+        return F.linear(x, weight, bias)
+    if operator.transposed:
+        extra = tuple(lo - hi for lo, hi in zip(operator.pad_lo, operator.pad_hi, strict=True))
+        convolve = CONVOLVE_TRANSPOSED[operator.dims]
+        return convolve(x, weight, bias, operator.stride, operator.pad_lo, extra, operator.groups, operator.dilation)
+    if any(operator.pad_lo) or any(operator.pad_hi):
+        mode = pad_mode(operator)
+        x = F.pad(x, pad_arguments(operator), mode, folded.fill if mode == "constant" else None)
+    return CONVOLVE[operator.dims](x, weight, bias, operator.stride, 0, operator.dilation, operator.groups)
+
+
+__all__ = ["Folded", "Kernel", "fold", "is_same", "layer_of", "pad_arguments", "pad_mode", "run", "scale_of"]

@@ -1,0 +1,371 @@
+"""A lazy weight expression: every node knows its shape at once and its numbers only when asked.
+
+Weights have the layout (rows O, columns per group I/g, *taps); vectors have the shape (O,); scalars (). Planning needs
+shapes alone, so legality and cost never touch a number. One chosen kernel is evaluated once, in float64, and cast once.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import product
+
+import torch
+from torch import Tensor
+
+Shape = tuple[int, ...]
+LeafValue = Callable[["Leaf"], Tensor]
+
+
+@dataclass(frozen=True, eq=False)
+class Kernel:
+    """A node of the expression. `operands` are its children; `_compute` turns their numbers into its own."""
+
+    shape: Shape
+
+    @property
+    def operands(self) -> tuple[Kernel, ...]:
+        return ()
+
+    def _compute(self, *values: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def __post_init__(self) -> None:
+        assert all(isinstance(n, int) for n in self.shape), self.shape
+
+
+@dataclass(frozen=True, eq=False)
+class Leaf(Kernel):
+    """A parameter, buffer or constant of the model. `axes` permutes the stored tensor into kernel layout."""
+
+    tensor: Tensor
+    axes: tuple[int, ...] | None = None
+
+    @staticmethod
+    def of(tensor: Tensor, axes: tuple[int, ...] | None = None) -> Leaf:
+        shape = tuple(tensor.shape) if axes is None else tuple(tensor.shape[a] for a in axes)
+        return Leaf(shape, tensor, axes)
+
+
+@dataclass(frozen=True, eq=False)
+class Constant(Kernel):
+    """The number `value` everywhere."""
+
+    value: float
+
+
+@dataclass(frozen=True, eq=False)
+class Map(Kernel):
+    """`function(*operands)`, for what parameters are computed from: γ/σ, a standardised weight, a reshape."""
+
+    function: Callable[..., Tensor]
+    inputs: tuple[Kernel, ...]
+
+    @property
+    def operands(self) -> tuple[Kernel, ...]:
+        return self.inputs
+
+    def _compute(self, *values: Tensor) -> Tensor:
+        return self.function(*values).reshape(self.shape)
+
+
+@dataclass(frozen=True, eq=False)
+class Dirac(Kernel):
+    """The identity of a depthwise one-tap operator, or with `groups` < channels its denser form: W[c, c mod I/g] = 1."""
+
+    def _compute(self, *values: Tensor) -> Tensor:
+        eye = torch.zeros(self.shape)
+        rows = torch.arange(self.shape[0])
+        eye.view(self.shape[0], self.shape[1], -1)[rows, rows % self.shape[1], 0] = 1.0
+        return eye
+
+
+@dataclass(frozen=True, eq=False)
+class ScaleRows(Kernel):
+    """diag(v)·W, for v of shape (O,) or ()."""
+
+    weight: Kernel
+    gain: Kernel
+
+    @property
+    def operands(self) -> tuple[Kernel, ...]:
+        return self.weight, self.gain
+
+    def _compute(self, *values: Tensor) -> Tensor:
+        weight, gain = values
+        return weight * gain.reshape(gain.shape + (1,) * (weight.ndim - gain.ndim) if gain.ndim else ())
+
+
+@dataclass(frozen=True, eq=False)
+class ScaleColumns(Kernel):
+    """W·diag(v), for v of shape (I,): with groups each row meets the slice of v that its group reads."""
+
+    weight: Kernel
+    gain: Kernel
+    groups: int
+
+    @property
+    def operands(self) -> tuple[Kernel, ...]:
+        return self.weight, self.gain
+
+    def _compute(self, *values: Tensor) -> Tensor:
+        weight, gain = values
+        per_row = gain.reshape(self.groups, -1).repeat_interleave(weight.shape[0] // self.groups, dim=0)
+        return weight * per_row.reshape(per_row.shape + (1,) * (weight.ndim - 2))
+
+
+@dataclass(frozen=True, eq=False)
+class Place(Kernel):
+    """W laid into a larger window of taps: tap t goes to offset + step·t; everything else is zero (enlarge, dilate)."""
+
+    weight: Kernel
+    offset: tuple[int, ...]
+    step: tuple[int, ...]
+
+    @property
+    def operands(self) -> tuple[Kernel, ...]:
+        return (self.weight,)
+
+    def _compute(self, *values: Tensor) -> Tensor:
+        (weight,) = values
+        window = weight.new_zeros(self.shape)
+        taps = weight.shape[2:]
+        region = tuple(
+            slice(o, o + s * (k - 1) + 1, s) for o, s, k in zip(self.offset, self.step, taps, strict=True)
+        )
+        window[(slice(None), slice(None), *region)] = weight
+        return window
+
+
+@dataclass(frozen=True, eq=False)
+class Regroup(Kernel):
+    """The same operator written with fewer groups: each row's columns are placed where its old group sat."""
+
+    weight: Kernel
+    groups_from: int
+    groups_to: int
+
+    @property
+    def operands(self) -> tuple[Kernel, ...]:
+        return (self.weight,)
+
+    def _compute(self, *values: Tensor) -> Tensor:
+        (weight,) = values
+        ratio = self.groups_from // self.groups_to
+        rows = weight.reshape(self.groups_to, ratio, -1, *weight.shape[1:])
+        wide = weight.new_zeros(self.groups_to, ratio, rows.shape[2], ratio, *weight.shape[1:])
+        index = torch.arange(ratio, device=weight.device)
+        wide[:, index, :, index] = rows.transpose(0, 1)
+        return wide.reshape(self.shape)
+
+
+@dataclass(frozen=True, eq=False)
+class Sum(Kernel):
+    """Σ terms, all of one shape (scalars broadcast)."""
+
+    terms: tuple[Kernel, ...]
+
+    @property
+    def operands(self) -> tuple[Kernel, ...]:
+        return self.terms
+
+    def _compute(self, *values: Tensor) -> Tensor:
+        total = values[0].expand(self.shape).clone()
+        for value in values[1:]:
+            total = total + value
+        return total
+
+
+@dataclass(frozen=True, eq=False)
+class Compose(Kernel):
+    """W[o,i,u] = Σ_{c, step₁t₁ + step₂t₂ = u} W₂[o,c,t₂]·W₁[c,i,t₁], both with `groups` groups."""
+
+    outer: Kernel
+    inner: Kernel
+    groups: int
+    step_outer: tuple[int, ...]
+    step_inner: tuple[int, ...]
+
+    @property
+    def operands(self) -> tuple[Kernel, ...]:
+        return self.outer, self.inner
+
+    def _compute(self, *values: Tensor) -> Tensor:
+        outer, inner = (v.reshape(self.groups, v.shape[0] // self.groups, *v.shape[1:]) for v in values)
+        taps = self.shape[2:]
+        result = outer.new_zeros(self.groups, outer.shape[1], inner.shape[2], *taps)
+        flat = inner.flatten(2)
+        for tap in product(*(range(k) for k in outer.shape[3:])):
+            part = torch.bmm(outer[(slice(None),) * 3 + tap], flat).reshape(*result.shape[:3], *inner.shape[3:])
+            region = tuple(
+                slice(s2 * t, s2 * t + s1 * (k - 1) + 1, s1)
+                for s2, t, s1, k in zip(self.step_outer, tap, self.step_inner, inner.shape[3:], strict=True)
+            )
+            result[(slice(None),) * 3 + region] += part
+        return result.reshape(self.shape)
+
+
+@dataclass(frozen=True, eq=False)
+class Contract(Kernel):
+    """(Σ_{c,t} W[o,c,t]·v[c])_o: what an operator makes of a constant map."""
+
+    weight: Kernel
+    vector: Kernel
+    groups: int
+
+    @property
+    def operands(self) -> tuple[Kernel, ...]:
+        return self.weight, self.vector
+
+    def _compute(self, *values: Tensor) -> Tensor:
+        weight, vector = values
+        per_column = weight.flatten(2).sum(2) if weight.ndim > 2 else weight
+        grouped = per_column.reshape(self.groups, -1, weight.shape[1])
+        return torch.bmm(grouped, vector.reshape(self.groups, -1, 1)).reshape(self.shape)
+
+
+@dataclass(frozen=True, eq=False)
+class StackRows(Kernel):
+    """Parts one above the other: the weight of a concatenation of outputs."""
+
+    parts: tuple[Kernel, ...]
+
+    @property
+    def operands(self) -> tuple[Kernel, ...]:
+        return self.parts
+
+    def _compute(self, *values: Tensor) -> Tensor:
+        return torch.cat(values)
+
+
+@dataclass(frozen=True, eq=False)
+class TakeRows(Kernel):
+    """The rows `index` of a weight or vector, in that order: slice, chunk, permute."""
+
+    source: Kernel
+    index: tuple[int, ...]
+
+    @property
+    def operands(self) -> tuple[Kernel, ...]:
+        return (self.source,)
+
+    def _compute(self, *values: Tensor) -> Tensor:
+        return values[0][torch.tensor(self.index, device=values[0].device)]
+
+
+@dataclass(frozen=True, eq=False)
+class TakeColumns(Kernel):
+    """The columns [start, stop) of an ungrouped weight: one part of a convolution over a concatenation."""
+
+    source: Kernel
+    start: int
+    stop: int
+
+    @property
+    def operands(self) -> tuple[Kernel, ...]:
+        return (self.source,)
+
+    def _compute(self, *values: Tensor) -> Tensor:
+        return values[0][:, self.start : self.stop]
+
+
+def scale(kernel: Kernel, gain: Kernel) -> Kernel:
+    """Rows of a weight, or entries of a vector or scalar, times `gain` (shape (O,) or ())."""
+    if not kernel.shape:
+        return ScaleRows(gain.shape, gain, kernel)
+    return ScaleRows(kernel.shape, kernel, gain)
+
+
+def total(*terms: Kernel | None) -> Kernel | None:
+    """Σ of the terms that are not None (None is an exact zero); None if there are none."""
+    present = tuple(t for t in terms if t is not None)
+    if len(present) < 2:
+        return present[0] if present else None
+    return Sum(max((t.shape for t in present), key=math.prod), present)
+
+
+def spread(scalar: Kernel, length: int) -> Kernel:
+    """A scalar as a vector of `length` equal entries."""
+    return scalar if scalar.shape else Sum((length,), (scalar,))
+
+
+def stack(parts: Sequence[Kernel]) -> Kernel:
+    if len(parts) == 1:
+        return parts[0]
+    return StackRows((sum(p.shape[0] for p in parts), *parts[0].shape[1:]), tuple(parts))
+
+
+def take(kernel: Kernel, index: tuple[int, ...]) -> Kernel:
+    if index == tuple(range(kernel.shape[0])):
+        return kernel
+    return TakeRows((len(index), *kernel.shape[1:]), kernel, index)
+
+
+def leaves(*kernels: Kernel | None) -> Iterator[Leaf]:
+    """Every distinct leaf under `kernels`, in a fixed order."""
+    return (node for node in _topological(kernels) if isinstance(node, Leaf))
+
+
+def in_float64(leaf: Leaf) -> Tensor:
+    return leaf.tensor.detach().to(torch.float64)
+
+
+def evaluate(kernel: Kernel, leaf_value: LeafValue = in_float64) -> Tensor:
+    """The numbers of `kernel`, with every leaf read through `leaf_value`.
+
+    The default folds for deployment: detached, in float64. Other leaf values give other readings of the same fold:
+    live parameters (with autograd), or squares and ones (the multipliers of a re-parameterised gradient).
+    """
+    order = _topological((kernel,))
+    pending = _count_readers(order)
+    numbers: dict[int, Tensor] = {}
+    device = _device(order)
+    for node in order:
+        numbers[id(node)] = _number(node, leaf_value, [numbers[id(o)] for o in node.operands], device)
+        for operand in node.operands:
+            pending[id(operand)] -= 1
+            if not pending[id(operand)]:  # temporaries die as soon as their last reader has run
+                del numbers[id(operand)]
+    return numbers[id(kernel)]
+
+
+def _number(node: Kernel, leaf_value: LeafValue, values: list[Tensor], device: torch.device) -> Tensor:
+    if isinstance(node, Leaf):
+        value = leaf_value(node)
+        return value if node.axes is None else value.permute(node.axes)
+    if isinstance(node, Constant):
+        return torch.full(node.shape, node.value, dtype=torch.float64, device=device)
+    if isinstance(node, Dirac):
+        return node._compute().to(device, torch.float64)
+    return node._compute(*values)
+
+
+def _topological(kernels: Sequence[Kernel | None]) -> list[Kernel]:
+    """Operands before users, each node once; iterative, since a fold may be deeper than Python's stack."""
+    order: list[Kernel] = []
+    done: set[int] = set()
+    todo: list[tuple[Kernel, bool]] = [(k, False) for k in reversed(kernels) if k is not None]
+    while todo:
+        node, expanded = todo.pop()
+        if id(node) in done:
+            continue
+        if expanded:
+            done.add(id(node))
+            order.append(node)
+            continue
+        todo.append((node, True))
+        todo.extend((o, False) for o in reversed(node.operands) if id(o) not in done)
+    return order
+
+
+def _count_readers(order: list[Kernel]) -> dict[int, int]:
+    count = {id(node): 0 for node in order}
+    for node in order:
+        for operand in node.operands:
+            count[id(operand)] += 1
+    return count
+
+
+def _device(order: list[Kernel]) -> torch.device:
+    return next((n.tensor.device for n in order if isinstance(n, Leaf)), torch.device("cpu"))

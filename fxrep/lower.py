@@ -1,0 +1,211 @@
+"""From a form to the operators that compute it: convolutions, scales, sums and concatenations. Decides nothing by cost
+but one thing: whether parts on one anchor are stacked into one operator or stay apart."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from math import prod
+
+from fxrep import form as forms
+from fxrep import kernel as K
+from fxrep.affine import AffineConv
+from fxrep.cost import Profile, Work, kind_of
+from fxrep.errors import Illegal
+from fxrep.form import AffineForm, Anchor, Gain, Part, Term
+from fxrep.kernel import Kernel
+from fxrep.shapes import Axis, Dim, Shape, Shapes
+
+DEFAULT_SIZE = 56  # of an axis about which nothing is known; choices inside a region depend on ratios alone
+
+
+@dataclass(frozen=True, eq=False)
+class Emit:
+    """One term to compute: a convolution, a scale (a `gain` and perhaps a `bias`), or the anchor as it is."""
+
+    anchor: Anchor
+    operator: AffineConv | None = None
+    gain: Kernel | None = None
+    bias: Kernel | None = None
+
+    @property
+    def is_pass(self) -> bool:
+        return self.operator is None and self.gain is None and self.bias is None
+
+
+@dataclass(frozen=True, eq=False)
+class Recipe:
+    """How a value is computed from its anchors: the sum of the terms of each part, the parts concatenated."""
+
+    form: AffineForm
+    parts: tuple[tuple[Emit, ...], ...]
+
+    @property
+    def emits(self) -> Iterator[Emit]:
+        return (e for part in self.parts for e in part)
+
+    @property
+    def dims(self) -> int | None:
+        return self.form.dims
+
+    @property
+    def carries_weights(self) -> bool:
+        """Whether computing it twice would hold a convolution's weights twice."""
+        return any(e.operator is not None for e in self.emits)
+
+    def describe(self) -> str:
+        """Like `Conv2d(64, 64, k3x3 s1 p1)`, or a sum of such."""
+        names = [" + ".join(_describe(e) for e in part) for part in self.parts]
+        return names[0] if len(names) == 1 else f"cat({', '.join(names)})"
+
+
+def _describe(emit: Emit) -> str:
+    if emit.operator is not None:
+        return emit.operator.describe()
+    return "identity" if emit.is_pass else "scale" if emit.gain is not None else "shift"
+
+
+def lower(form: AffineForm, price: Callable[[Recipe], float]) -> Recipe:
+    """The cheaper of the parts apart and the parts stacked. Raises Illegal for a form that no operator computes."""
+    apart = _recipe(form)
+    stacked = forms.merged(form) if len(form.parts) > 1 else None
+    if stacked is None:
+        return apart
+    together = _recipe(stacked)
+    return together if price(together) <= price(apart) else apart
+
+
+def _recipe(form: AffineForm) -> Recipe:
+    return Recipe(form, tuple(_emits(p, form.dims) for p in form.parts))
+
+
+def _emits(part: Part, dims: int | None) -> tuple[Emit, ...]:
+    """One emit a term; the part's bias goes to a convolution if there is one, else to a scale, else to a shift."""
+    if not part.terms:
+        raise Illegal("not-affine", "the value is a constant, computed from no input")
+    emits = [_emit(anchor, term) for anchor, term in part.terms.items()]
+    if part.bias is not None:
+        carrier = max(range(len(emits)), key=lambda i: (emits[i].operator is not None, emits[i].gain is not None))
+        emits[carrier] = _with_bias(emits[carrier], part.bias)
+    return tuple(emits)
+
+
+def _emit(anchor: Anchor, term: Term) -> Emit:
+    if isinstance(term, Gain):
+        return Emit(anchor) if term.is_identity else Emit(anchor, gain=term.factor)
+    if term.is_identity:
+        return Emit(anchor)
+    if term.is_diagonal:
+        return Emit(anchor, gain=diagonal_gain(term))
+    if term.pads and term.fill is not None and not isinstance(term.fill, K.Constant):
+        raise Illegal("pad-value", "the padding value differs from channel to channel, which no layer offers")
+    if term.transposed and not all(0 <= lo - hi < max(s, d) for lo, hi, s, d in _output_paddings(term)):
+        raise Illegal("transposed", "its crop is not one that a transposed convolution offers")
+    return Emit(anchor, operator=term)
+
+
+def _output_paddings(term: AffineConv) -> Iterator[tuple[int, int, int, int]]:
+    return zip(term.pad_lo, term.pad_hi, term.stride, term.dilation, strict=True)
+
+
+def diagonal_gain(term: AffineConv) -> Kernel:
+    return K.Map((term.out_channels,), _flatten, (term.weight,))
+
+
+def _flatten(weight: K.Tensor) -> K.Tensor:
+    return weight.flatten()
+
+
+def _with_bias(emit: Emit, bias: Kernel) -> Emit:
+    if emit.operator is None:
+        return replace(emit, bias=bias)
+    return replace(emit, operator=replace(emit.operator, bias=K.spread(bias, emit.operator.out_channels)))
+
+
+def needs_explicit_pad(operator: AffineConv) -> bool:
+    """Whether the pads are not ones that a layer of torch.nn offers by itself."""
+    if operator.transposed:
+        return False
+    crops = any(p < 0 for p in operator.pad_lo + operator.pad_hi)
+    return crops or (operator.pads and operator.fill is not None) or not (operator.pad_lo == operator.pad_hi or is_same(operator))
+
+
+def is_same(operator: AffineConv) -> bool:
+    """Whether the pads are those of `padding="same"`."""
+    halves = tuple(s // 2 for s in operator.span)
+    rest = tuple(s - h for s, h in zip(operator.span, halves, strict=True))
+    return all(s == 1 for s in operator.stride) and (operator.pad_lo, operator.pad_hi) == (halves, rest)
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """The sizes at which costs are counted: those of the example inputs, else nominal ones."""
+
+    shapes: Shapes
+    examples: dict[str, tuple[int, ...]]
+
+    def numbers(self, shape: Shape, least: int) -> tuple[int, ...]:
+        """The shape in numbers, at least its last `least` axes and the batch."""
+        rank = self.shapes.rank(shape) or max(len(shape.tail), least + 1)
+        dims = [self.shapes.dim(shape, i) for i in range(-rank, 0)]
+        return tuple(self.number(d, i == 0) for i, d in enumerate(dims))
+
+    def number(self, dim: Dim | None, is_batch: bool = False) -> int:
+        if dim is None:
+            return 1
+        return max(self.shapes.evaluate(dim, lambda axis: self._size_of(axis, is_batch)), 1)
+
+    def _size_of(self, axis: Axis, is_batch: bool) -> int:
+        if axis.root in self.examples:
+            return self.examples[axis.root][axis.index]
+        rank = self.shapes.ranks.get(axis.root)
+        if is_batch or (rank is not None and -axis.index == rank):
+            return 1
+        return 224 if rank == 4 else DEFAULT_SIZE
+
+
+@dataclass(frozen=True)
+class Pricer:
+    """Seconds of a recipe whose value has the shape `out` and whose anchors have the shapes `of`."""
+
+    sizes: Sizes
+    profile: Profile
+
+    def seconds(self, recipe: Recipe, out: Shape, of: Callable[[str], Shape]) -> float:
+        return sum(w.seconds(self.profile) for w in self.works(recipe, out, of))
+
+    def works(self, recipe: Recipe, out: Shape, of: Callable[[str], Shape]) -> list[Work]:
+        dims = recipe.dims or 0
+        result = self.sizes.numbers(out, dims + 1)
+        works = [w for e in recipe.emits for w in self._term(e, dims, result, of)]
+        written = float(prod(result))
+        works += [Work(elements=3 * written * len(p) / max(len(recipe.parts), 1), steps=1) for p in recipe.parts for _ in p[1:]]
+        works += [Work(elements=2 * written, steps=1)] if len(recipe.parts) > 1 else []
+        return works
+
+    def _term(self, emit: Emit, dims: int, result: tuple[int, ...], of: Callable[[str], Shape]) -> Iterator[Work]:
+        rows = emit.anchor.rows
+        read = self.sizes.numbers(of(emit.anchor.source), dims + 1)
+        elements = float(prod(read))
+        if rows is not None:
+            elements *= len(rows) / max(read[-dims - 1], 1)
+            if rows != tuple(range(rows[0], rows[0] + len(rows))):
+                yield Work(elements=2 * elements, steps=1)
+        if emit.is_pass:
+            return
+        if emit.operator is None:
+            yield Work(elements=2 * elements, steps=1)
+            return
+        yield from _convolution(emit.operator, elements, read, result)
+
+
+def _convolution(op: AffineConv, elements: float, read: tuple[int, ...], result: tuple[int, ...]) -> Iterator[Work]:
+    spatial = read if op.transposed else result  # a transposed operator works once per input pixel
+    lead = prod(result[: -op.dims - 1])
+    positions = lead * prod(spatial[len(spatial) - op.dims :])
+    weights = float(prod(op.weight.shape))
+    written = float(lead * op.out_channels * prod(result[len(result) - op.dims :]))
+    if needs_explicit_pad(op):
+        yield Work(elements=2 * elements, steps=1)
+    kind = kind_of(prod(op.taps), op.dims, op.groups, op.in_channels)
+    yield Work(weights * positions, kind, elements + written, 1, weights)

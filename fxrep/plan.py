@@ -1,0 +1,235 @@
+"""Which values to compute at all: every affine value starts materialised, and is inlined into its users where that is
+legal and not dearer. Works on forms and shapes; no tensors (but where a padding value is compared with a bias)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, replace
+
+from fxrep.cost import Profile
+from fxrep.errors import Illegal, Refusal
+from fxrep.form import AffineForm
+from fxrep.lower import Pricer, Recipe, Sizes, lower
+from fxrep.shapes import Shape, Shapes
+
+TOLERANCE = 1e-9  # relative; below it two costs are a tie
+MOST_STEPS = 64  # of one cone: an affine region this long without a merge that pays is left as it is
+
+
+@dataclass(frozen=True)
+class Problem:
+    """What there is to decide on: forms over direct operands in graph order, and who reads each value."""
+
+    forms: Mapping[str, AffineForm]
+    shapes: Shapes
+    readers: Mapping[str, frozenset[str]]
+    #: values that must be computed where they stand, with the code and reason why
+    fixed: Mapping[str, tuple[str, str]]
+    #: values whose readers may not move, since somebody writes to them in place
+    still: frozenset[str] = frozenset()
+    sizes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Decision:
+    """One value and how it is computed; `inlined` are the values folded into it."""
+
+    node: str
+    recipe: Recipe
+    inlined: tuple[str, ...]
+    seconds_before: float
+    seconds_after: float
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What to compute: `decisions` replace their nodes, `removed` are no longer computed, all else stays as it is."""
+
+    decisions: Mapping[str, Decision]
+    removed: frozenset[str]
+    refusals: tuple[Refusal, ...]
+    seconds_before: float
+    seconds_after: float
+
+    def without(self, node: str) -> Plan:
+        """The plan with one decision taken back."""
+        kept = {n: d for n, d in self.decisions.items() if n != node}
+        dropped = self.decisions[node]
+        after = self.seconds_after - dropped.seconds_after + dropped.seconds_before
+        return replace(self, decisions=kept, removed=self.removed - frozenset(dropped.inlined), seconds_after=after)
+
+
+def make_plan(problem: Problem, profile: Profile) -> Plan:
+    """Greedy in graph order: for each affine value its cone of values that nobody else reads, the best prefix of it."""
+    state = _State(problem, profile)
+    for node in problem.forms:
+        state.improve(node)
+    return state.plan()
+
+
+@dataclass(frozen=True)
+class _Candidate:
+    """A form for a node with `absorbed` inlined, of which `gone` need not be computed any more."""
+
+    recipe: Recipe
+    absorbed: tuple[str, ...]
+    gone: frozenset[str]
+    seconds: float
+    steps: int
+
+
+class _State:
+    """The plan while it is made."""
+
+    def __init__(self, problem: Problem, profile: Profile) -> None:
+        self.problem = problem
+        self.order = {name: i for i, name in enumerate(problem.forms)}
+        self.pricer = Pricer(Sizes(problem.shapes, dict(problem.sizes)), profile)
+        self.readers = {name: set(users) for name, users in problem.readers.items()}
+        self.recipes: dict[str, Recipe] = {}
+        self.inlined: dict[str, tuple[str, ...]] = {}
+        self.removed: set[str] = set()
+        self.refusals: dict[tuple[str, str], Refusal] = {}
+        self.seconds: dict[str, float] = {}
+        for name, form in problem.forms.items():
+            self.recipes[name] = self._lower(name, form)
+            self.seconds[name] = self._seconds(name, self.recipes[name])
+        self.original = dict(self.seconds)
+
+    def improve(self, node: str) -> None:
+        """Inlines into `node` what pays, until nothing does."""
+        if node in self.problem.fixed:
+            return
+        while (best := self._best(node)) is not None:
+            self._accept(node, best)
+
+    def _best(self, node: str) -> _Candidate | None:
+        now = self.seconds[node], self._steps(self.recipes[node])
+        best, margin = None, (0.0, 0)
+        for candidate in self._candidates(node):
+            saved = now[0] + sum(self.seconds[g] for g in candidate.gone) - candidate.seconds
+            fewer = now[1] + sum(self._steps(self.recipes[g]) for g in candidate.gone) - candidate.steps
+            tie = abs(saved) <= TOLERANCE * max(now[0], candidate.seconds)
+            worth = (0.0, fewer) if tie else (saved, fewer)
+            if worth > margin and (saved > 0 or tie):
+                best, margin = candidate, worth
+            elif not tie and saved < 0 and fewer > 0:
+                self._decline(node, candidate, -saved)
+        if best is not None:
+            self.refusals.pop((node, "costs-more"), None)
+        return best
+
+    def _candidates(self, node: str) -> Iterable[_Candidate]:
+        anchors = [s for s in self.recipes[node].form.sources if s in self.recipes]
+        yield from self._cone(node, lambda _: True)
+        if len(anchors) > 1:
+            for anchor in anchors:
+                yield from self._cone(node, lambda s, a=anchor: s == a)  # type: ignore[misc]
+
+    def _cone(self, node: str, start: Callable[[str], bool]) -> Iterable[_Candidate]:
+        """Ever larger parts of the cone of values that end in `node`, nearest first."""
+        form, absorbed, gone, blocked = self.recipes[node].form, [], set(), set()
+        frontier = {s for s in form.sources if start(s)}
+        while len(absorbed) < MOST_STEPS:
+            open_ = [s for s in form.sources if s in frontier - blocked and self._may_absorb(s, node, gone)]
+            if not open_:
+                return
+            anchor = max(open_, key=lambda s: self.order[s])
+            try:
+                inner = self.recipes[anchor].form
+                form = form.substitute(anchor, inner)
+                recipe = self._lower(node, form, check=True)
+            except Illegal as illegal:
+                blocked.add(anchor)
+                form = self._rebuild(node, absorbed)
+                self._refuse(node, illegal.code, f"{illegal.reason} ({anchor} stays apart)", illegal.hint)
+                continue
+            absorbed.append(anchor)
+            frontier |= set(inner.sources)
+            gone |= {anchor} if self._read_only_by(anchor, node, gone) else set()
+            yield _Candidate(recipe, tuple(absorbed), frozenset(gone), self._seconds(node, recipe), self._steps(recipe))
+
+    def _rebuild(self, node: str, absorbed: list[str]) -> AffineForm:
+        form = self.recipes[node].form
+        for anchor in absorbed:
+            form = form.substitute(anchor, self.recipes[anchor].form)
+        return form
+
+    def _may_absorb(self, anchor: str, node: str, gone: set[str]) -> bool:
+        if anchor not in self.recipes or anchor in self.removed:
+            return False
+        if any(s in self.problem.still for s in self.recipes[anchor].form.sources):
+            return False
+        fixed = self.problem.fixed.get(anchor)
+        alone = self._read_only_by(anchor, node, gone)
+        if fixed is not None:
+            self._note_held(node, anchor, *fixed)
+            return False
+        if not alone and self.recipes[anchor].carries_weights:
+            self._note_held(node, anchor, "shared", "other layers read it too, and each would need a copy of its weights")
+            return False
+        return True
+
+    def _note_held(self, node: str, anchor: str, code: str, reason: str) -> None:
+        """A refusal where a merge was in sight: a scale or a batch norm after a convolution that must stay."""
+        form = self.recipes[node].form
+        if len(form.sources) == 1 and self.recipes[anchor].carries_weights and all(e.operator is None for e in self.recipes[node].emits):
+            self._refuse(node, code, f"{anchor} must be computed for itself: {reason}", "")
+
+    def _read_only_by(self, anchor: str, node: str, gone: Iterable[str]) -> bool:
+        return anchor not in self.problem.fixed and self.readers.get(anchor, set()) <= {node, *gone}
+
+    def _accept(self, node: str, candidate: _Candidate) -> None:
+        for source in self.recipes[node].form.sources:
+            self.readers[source].discard(node)
+        for name in candidate.gone:
+            self.removed.add(name)
+            for source in self.recipes[name].form.sources:
+                self.readers[source].discard(name)
+        self.recipes[node] = candidate.recipe
+        self.seconds[node] = candidate.seconds
+        nested = tuple(i for a in candidate.absorbed for i in (*self.inlined.get(a, ()), a))
+        self.inlined[node] = tuple(dict.fromkeys((*self.inlined.get(node, ()), *nested)))
+        for source in candidate.recipe.form.sources:
+            self.readers.setdefault(source, set()).add(node)
+
+    def _decline(self, node: str, candidate: _Candidate, extra: float) -> None:
+        self._refuse(
+            node, "costs-more",
+            f"{candidate.recipe.describe()} is predicted {extra * 1e6:.1f} µs slower than its {len(candidate.absorbed) + 1} parts",
+        )  # fmt: skip
+
+    def _refuse(self, node: str, code: str, reason: str, hint: str = "") -> None:
+        self.refusals.setdefault((node, code), Refusal(node, code, reason, hint))
+
+    def _lower(self, node: str, form: AffineForm, check: bool = False) -> Recipe:
+        out = self.problem.shapes.of[node]
+        recipe = lower(form, lambda r: self.pricer.seconds(r, out, self.problem.shapes.of.__getitem__))
+        if check and recipe.dims == 0:
+            self._check_rows(out, recipe)
+        return recipe
+
+    def _check_rows(self, out: Shape, recipe: Recipe) -> None:
+        for source in recipe.form.sources:
+            if not self.problem.shapes.same_before(out, self.problem.shapes.of[source], 1):
+                raise Illegal("layout", "the axes before the channels were reshaped, and are not reshaped back")
+
+    def _seconds(self, node: str, recipe: Recipe) -> float:
+        return self.pricer.seconds(recipe, self.problem.shapes.of[node], self.problem.shapes.of.__getitem__)
+
+    def _steps(self, recipe: Recipe) -> int:
+        terms = sum(not e.is_pass for e in recipe.emits)
+        sums = sum(len(p) - 1 for p in recipe.parts)
+        return terms + sums + (len(recipe.parts) > 1)
+
+    def plan(self) -> Plan:
+        decisions = {
+            node: Decision(
+                node, self.recipes[node], inlined,
+                self.original[node] + sum(self.original[i] for i in inlined if i in self.removed), self.seconds[node],
+            )
+            for node, inlined in self.inlined.items() if node not in self.removed
+        }  # fmt: skip
+        refusals = tuple(r for r in self.refusals.values() if r.node not in self.removed and r.code != "costs-more" or r.node not in decisions)
+        after = sum(s for n, s in self.seconds.items() if n not in self.removed)
+        return Plan(decisions, frozenset(self.removed), refusals, sum(self.original.values()), after)

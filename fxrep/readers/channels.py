@@ -1,0 +1,153 @@
+"""Readers of what stacks, cuts and permutes channels."""
+
+from __future__ import annotations
+
+import operator
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import nn
+from torch.fx import Node
+
+from fxrep import form as forms
+from fxrep.errors import Illegal
+from fxrep.form import AffineForm
+from fxrep.readers.registry import Call, reader
+from fxrep.readers.views import FLATTENS, LIKE_ANOTHER, RESHAPES, axes_of, channel_permutation, keeps_rows, layout_of
+from fxrep.shapes import Shape
+
+
+@reader(torch.cat, torch.concat, torch.concatenate)
+def read_cat(at: Call) -> AffineForm:
+    """A concatenation stacks the rows of its parts, if it is along the channels."""
+    values, axis = at.bind("tensors dim", dim=0)
+    if not isinstance(values, (tuple, list)) or not all(at.is_value(v) for v in values):
+        raise Illegal("not-affine", "it joins constants, or a list that is built at run time")
+    dims = -1 - at.from_end(values[0], axis)
+    widths = [at.channels(v, dims) for v in values]
+    for value in values[1:]:
+        if not at.shapes.same(_with_channels(at, value, dims, 0), _with_channels(at, values[0], dims, 0)):
+            raise Illegal("shape-unknown", f"{value.name} and {values[0].name} are not provably of one size")
+    at.out_shape = _with_channels(at, values[0], dims, sum(widths))
+    return forms.cat([forms.value(v.name, w) for v, w in zip(values, widths, strict=True)], dims)
+
+
+@reader(operator.getitem)
+def read_getitem(at: Call) -> AffineForm:
+    """x[:, a:b] takes channels; chunk(x, n)[i] and split(x, sizes)[i] do too."""
+    source, index = at.node.args
+    if isinstance(source, Node) and _is_split(source):
+        return _piece_of_split(at, source, index)
+    return _slice(at, source, index)
+
+
+@reader(torch.narrow, "narrow")
+def read_narrow(at: Call) -> AffineForm:
+    x, axis, start, length = at.bind("input dim start length")
+    if not (isinstance(start, int) and isinstance(length, int)):
+        raise Illegal("shape-unknown", "the range is computed at run time")
+    dims = -1 - at.from_end(x, axis)
+    start %= at.channels(x, dims)
+    return _rows(at, x, dims, range(start, start + length))
+
+
+@reader(torch.index_select, "index_select")
+def read_index_select(at: Call) -> AffineForm:
+    """A constant permutation or selection of channels."""
+    x, axis, index = at.bind("input dim index")
+    dims = -1 - at.from_end(x, axis)
+    leaf = at.constant(index)
+    tensor = getattr(leaf, "tensor", None)
+    if tensor is None or tensor.is_floating_point():
+        raise Illegal("shape-unknown", "the index is computed")
+    return _rows(at, x, dims, tensor.tolist())
+
+
+@reader(nn.ChannelShuffle)
+def read_channel_shuffle(at: Call, module: nn.Module) -> AffineForm:
+    """Channel c of group g goes to c·groups + g (ShuffleNet)."""
+    dims = at.rank(at.first) - 2
+    channels = at.channels(at.first, dims)
+    order = torch.arange(channels).view(module.groups, -1).t().flatten().tolist()
+    return _rows(at, at.first, dims, order)
+
+
+@reader(*RESHAPES, *FLATTENS, *LIKE_ANOTHER)
+def read_view(at: Call, module: nn.Module | None = None) -> AffineForm:
+    """A reshape that only regroups the axes before the last one, or one that ends a channel shuffle."""
+    source, axes = axes_of(at)
+    if axes == layout_of(at, source).axes:
+        return forms.value(source.name)
+    if keeps_rows(at, source, axes):
+        return replace(forms.value(source.name), dims=0)
+    dims, order = channel_permutation(at, source, axes)
+    return _rows(at, source, dims, order)
+
+
+def _is_split(node: Node) -> bool:
+    return node.target in (torch.chunk, torch.split, torch.tensor_split, "chunk", "split", "tensor_split")
+
+
+def _piece_of_split(at: Call, split: Node, index: Any) -> AffineForm:
+    inner = Call(split, at.facts)
+    names = "input sizes dim"
+    if split.target in (torch.chunk, "chunk"):
+        names = "input chunks dim"
+    elif split.target in (torch.split, "split"):
+        names = "input split_size_or_sections dim" if "split_size_or_sections" in split.kwargs else "input split_size dim"
+    x, sizes, axis = inner.bind(names, dim=0)
+    dims = -1 - at.from_end(x, axis)
+    bounds = _bounds(at, split, at.channels(x, dims), sizes)
+    if not isinstance(index, int) or not -len(bounds) <= index < len(bounds):
+        raise Illegal("shape-unknown", "the piece is chosen at run time")
+    return _rows(at, x, dims, range(*bounds[index]))
+
+
+def _bounds(at: Call, split: Node, channels: int, sizes: Any) -> list[tuple[int, int]]:
+    """Where each piece starts and stops."""
+    if split.target in (torch.tensor_split, "tensor_split"):
+        raise Illegal("unsupported-options", "tensor_split has no reader")
+    if isinstance(sizes, int):
+        step = -(-channels // sizes) if split.target in (torch.chunk, "chunk") else sizes
+        return [(start, min(start + step, channels)) for start in range(0, channels, step)]
+    if not isinstance(sizes, (tuple, list)) or not all(isinstance(s, int) for s in sizes):
+        raise Illegal("shape-unknown", "the sizes of the pieces are computed at run time")
+    starts = [sum(sizes[:i]) for i in range(len(sizes) + 1)]
+    return list(zip(starts[:-1], starts[1:], strict=True))
+
+
+def _slice(at: Call, x: Any, index: Any) -> AffineForm:
+    if not at.is_value(x):
+        raise Illegal("not-affine", "it picks from something that is not a tensor of the network")
+    entries = index if isinstance(index, tuple) else (index,)
+    if not all(e is Ellipsis or isinstance(e, slice) for e in entries):
+        raise Illegal("not-affine", "it indexes, and does not only slice")
+    cut = [i for i, e in enumerate(entries) if e is not Ellipsis and e != slice(None)]
+    if len(cut) != 1:
+        raise Illegal("not-affine", "it slices several axes, or none")
+    position = cut[0]
+    after_dots = Ellipsis in entries[:position]
+    axis = position - len(entries) if after_dots else position
+    cut_slice = entries[position]
+    if not all(b is None or isinstance(b, int) for b in (cut_slice.start, cut_slice.stop, cut_slice.step)):
+        raise Illegal("shape-unknown", "the range is computed at run time")
+    dims = -1 - at.from_end(x, axis)
+    return _rows(at, x, dims, range(at.channels(x, dims))[cut_slice])
+
+
+def _rows(at: Call, x: Node, dims: int, rows: Any) -> AffineForm:
+    channels = at.channels(x, dims)
+    rows = tuple(rows)
+    at.out_shape = at.out_shape or _with_channels(at, x, dims, len(rows))
+    if dims < 0 or not rows:
+        raise Illegal("shape-unknown", "nothing is left of the channels")
+    return forms.value(x.name, channels).take(rows, dims)
+
+
+def _with_channels(at: Call, x: Node, dims: int, channels: int) -> Shape:
+    """The shape of x with another number of channels."""
+    shape = at.shapes.full(at.shape(x))
+    tail = [at.shapes.dim(shape, -i) for i in range(max(len(shape.tail), dims + 1), 0, -1)]
+    tail[-dims - 1] = channels
+    return Shape(shape.root, tuple(t for t in tail if t is not None))

@@ -1,0 +1,171 @@
+"""Readers of convolutions, transposed convolutions, linear layers and explicit padding."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from fxrep import affine
+from fxrep import kernel as K
+from fxrep.affine import AffineConv, Ints
+from fxrep.errors import Illegal, Refusal
+from fxrep.form import AffineForm
+from fxrep.kernel import Kernel
+from fxrep.readers.registry import Call, reader
+
+CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+
+
+def each(value: Any, dims: int) -> Ints:
+    """An int, or one int per axis, as one int per axis. Raises Illegal for a size that is only known at run time."""
+    values = tuple(value) if isinstance(value, (tuple, list, torch.Size)) else (value,)
+    if not all(isinstance(v, int) for v in values):
+        raise Illegal("dynamic-padding", f"the geometry {values} depends on the input's size")
+    return values * dims if len(values) == 1 else values
+
+
+def real_weight(weight: Kernel) -> Kernel:
+    if any(leaf.tensor.is_complex() for leaf in K.leaves(weight)):
+        raise Illegal("unsupported-options", "the weights are complex")
+    return weight
+
+
+def pads_of(padding: Any, taps: Ints, dilation: Ints) -> tuple[Ints, Ints]:
+    """`padding` as pads before and after; "same" puts the odd pixel of an even kernel after, as torch does."""
+    if padding == "valid":
+        return (0,) * len(taps), (0,) * len(taps)
+    if padding == "same":
+        totals = [d * (k - 1) for d, k in zip(dilation, taps, strict=True)]
+        return tuple(t // 2 for t in totals), tuple(t - t // 2 for t in totals)
+    both = each(padding, len(taps))
+    return both, both
+
+
+def _convolve(at: Call, x: Any, operator: AffineConv) -> AffineForm:
+    at.require_channels(x, operator.dims, operator.in_channels)
+    size = at.dim(x, -operator.dims - 1)
+    if isinstance(size, int) and size != operator.in_channels:
+        raise Illegal("broadcast", f"the input has {size} channels, not {operator.in_channels}")
+    return at.value(x).then(operator)
+
+
+@reader(*CONVS)
+def read_conv(at: Call, conv: nn.Module) -> AffineForm:
+    """y = W ⊛ pad(x) + b, cross-correlation as torch has it. Weight (O, I/g, *K)."""
+    weight = real_weight(K.Leaf.of(conv.weight))  # the attribute: a parametrized weight is its effective one
+    lo, hi = pads_of(conv.padding, weight.shape[2:], conv.dilation)
+    bias = None if conv.bias is None else K.Leaf.of(conv.bias)
+    operator = AffineConv(weight, conv.groups, conv.stride, lo, hi, conv.dilation, bias, mode=conv.padding_mode)
+    return _convolve(at, at.first, operator)
+
+
+@reader(F.conv1d, F.conv2d, F.conv3d)
+def read_functional_conv(at: Call) -> AffineForm:
+    """`F.conv2d(x, W, b, …)` with W and b computed from parameters alone."""
+    x, weight, bias, stride, padding, dilation, groups = at.bind(
+        "input weight bias stride padding dilation groups", bias=None, stride=1, padding=0, dilation=1, groups=1
+    )
+    kernel = real_weight(at.constant(weight))
+    dims = len(kernel.shape) - 2
+    dilation = each(dilation, dims)
+    lo, hi = pads_of(padding, kernel.shape[2:], dilation)
+    return _convolve(at, x, AffineConv(kernel, groups, each(stride, dims), lo, hi, dilation, at.optional(bias)))
+
+
+@reader(*TRANSPOSED)
+def read_transposed_conv(at: Call, conv: nn.Module) -> AffineForm | Refusal:
+    """The adjoint of a convolution: y[s·i + d·t - p] += W[c,o,t]·x[c,i]. Weight (I, O/g, *K)."""
+    if len(at.node.args) + len(at.node.kwargs) > 1:
+        return Refusal(at.node.name, "unsupported-options", "its output size is given at run time")
+    return _transposed(
+        at, at.first, K.Leaf.of(conv.weight), None if conv.bias is None else K.Leaf.of(conv.bias),
+        conv.stride, conv.padding, conv.output_padding, conv.groups, conv.dilation,
+    )  # fmt: skip
+
+
+@reader(F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)
+def read_functional_transposed_conv(at: Call) -> AffineForm:
+    x, weight, bias, stride, padding, output_padding, groups, dilation = at.bind(
+        "input weight bias stride padding output_padding groups dilation",
+        bias=None, stride=1, padding=0, output_padding=0, groups=1, dilation=1,
+    )  # fmt: skip
+    return _transposed(at, x, at.constant(weight), at.optional(bias), stride, padding, output_padding, groups, dilation)
+
+
+def _transposed(
+    at: Call, x: Any, weight: Kernel, bias: Kernel | None, stride: Any, padding: Any, extra: Any, groups: int, dilation: Any
+) -> AffineForm:  # fmt: skip
+    real_weight(weight)
+    dims = len(weight.shape) - 2
+    lo = each(padding, dims)
+    hi = tuple(p - e for p, e in zip(lo, each(extra, dims), strict=True))
+    rows_first = _rows_first(weight, groups)
+    operator = AffineConv(rows_first, groups, each(stride, dims), lo, hi, each(dilation, dims), bias, transposed=True)
+    return _convolve(at, x, operator)
+
+
+def _rows_first(weight: Kernel, groups: int) -> Kernel:
+    """(I, O/g, *K) as (O, I/g, *K)."""
+    columns, rows, *taps = weight.shape
+
+    def swap(w: torch.Tensor) -> torch.Tensor:
+        return w.reshape(groups, columns // groups, rows, *taps).transpose(1, 2).flatten(0, 1)
+
+    return K.Map((rows * groups, columns // groups, *taps), swap, (weight,))
+
+
+@reader(nn.Linear)
+def read_linear(at: Call, linear: nn.Module) -> AffineForm:
+    """y = x·Wᵀ + b on the last axis: the 0-dimensional convolution. Weight (O, I)."""
+    bias = None if linear.bias is None else K.Leaf.of(linear.bias)
+    return _linear(at, at.first, K.Leaf.of(linear.weight), bias)
+
+
+@reader(F.linear)
+def read_functional_linear(at: Call) -> AffineForm:
+    x, weight, bias = at.bind("input weight bias", bias=None)
+    return _linear(at, x, at.constant(weight), at.optional(bias))
+
+
+def _linear(at: Call, x: Any, weight: Kernel, bias: Kernel | None) -> AffineForm:
+    if len(weight.shape) != 2:
+        raise Illegal("unsupported-options", "a linear layer's weight is a vector")
+    return _convolve(at, x, AffineConv(real_weight(weight), 1, (), (), (), (), bias))
+
+
+@reader(F.pad)
+def read_pad(at: Call) -> AffineForm:
+    """Padding is the identity with pads; the value it inserts decides what it may be merged with."""
+    x, pad, mode, value = at.bind("input pad mode value", mode="constant", value=None)
+    return _pad(at, x, pad, mode, value or 0.0)
+
+
+@reader(nn.ZeroPad1d, nn.ZeroPad2d, nn.ZeroPad3d, nn.ConstantPad1d, nn.ConstantPad2d, nn.ConstantPad3d)
+def read_constant_pad(at: Call, module: nn.Module) -> AffineForm:
+    return _pad(at, at.first, module.padding, "constant", module.value)
+
+
+@reader(nn.ReflectionPad1d, nn.ReflectionPad2d, nn.ReflectionPad3d)
+def read_reflection_pad(at: Call, module: nn.Module) -> AffineForm:
+    return _pad(at, at.first, module.padding, "reflect", 0.0)
+
+
+@reader(nn.ReplicationPad1d, nn.ReplicationPad2d, nn.ReplicationPad3d)
+def read_replication_pad(at: Call, module: nn.Module) -> AffineForm:
+    return _pad(at, at.first, module.padding, "replicate", 0.0)
+
+
+def _pad(at: Call, x: Any, pad: Any, mode: str, value: float) -> AffineForm:
+    amounts = each(pad, 1)
+    dims = len(amounts) // 2
+    channels = at.channels(x, dims)
+    lo, hi = (tuple(reversed(amounts[start::2])) for start in (0, 1))  # torch lists the last axis first
+    fill = K.Constant((channels,), float(value)) if mode == "constant" and value else None
+    identity = affine.identity(channels, dims)
+    kind = "zeros" if mode == "constant" else mode
+    padded = AffineConv(identity.weight, channels, identity.stride, lo, hi, identity.dilation, mode=kind, fill=fill)
+    return at.value(x).then(padded)

@@ -1,0 +1,62 @@
+"""Readers of batch normalisation in eval mode."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fxrep import kernel as K
+from fxrep.errors import Illegal, Refusal
+from fxrep.form import AffineForm
+from fxrep.kernel import Kernel
+from fxrep.readers.registry import Call, reader
+
+#: The ranks that each class accepts.
+RANKS = {nn.BatchNorm1d: (2, 3), nn.BatchNorm2d: (4,), nn.BatchNorm3d: (5,)}
+
+
+@reader(nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+def read_batchnorm(at: Call, bn: nn.Module) -> AffineForm | Refusal:
+    """BN(x) = γ(x - μ)/σ + β per channel, σ = √(var + ε): rows scaled, bias shifted (DBB transform I)."""
+    if bn.training or bn.running_mean is None or bn.running_var is None:
+        return Refusal(at.node.name, "batch-statistics", "normalises by the batch's own statistics", "track_running_stats=True")
+    ranks = next((r for kind, r in RANKS.items() if isinstance(bn, kind)), ())
+    if len(ranks) == 1:
+        at.shapes.require_rank(at.shape(at.first), ranks[0])
+    mean, var = K.Leaf.of(bn.running_mean), K.Leaf.of(bn.running_var)
+    weight, bias = (None if p is None else K.Leaf.of(p) for p in (bn.weight, bn.bias))
+    return _normalise(at, at.first, mean, var, weight, bias, bn.eps)
+
+
+@reader(F.batch_norm)
+def read_functional_batchnorm(at: Call) -> AffineForm | Refusal:
+    x, mean, var, weight, bias, training, _momentum, eps = at.bind(
+        "input running_mean running_var weight bias training momentum eps",
+        weight=None, bias=None, training=False, momentum=0.1, eps=1e-5,
+    )  # fmt: skip
+    if training is not False or mean is None or var is None:
+        return Refusal(at.node.name, "batch-statistics", "normalises by the batch's own statistics", "call eval() first")
+    weight, bias = at.optional(weight), at.optional(bias)
+    return _normalise(at, x, at.constant(mean), at.constant(var), weight, bias, eps)
+
+
+def _normalise(
+    at: Call, x: object, mean: Kernel, var: Kernel, weight: Kernel | None, bias: Kernel | None, eps: float
+) -> AffineForm:
+    dims = max(at.rank(x) - 2, 0)  # batch norm acts on axis 1, whatever follows it
+    channels = var.shape[0]
+    at.require_channels(x, dims, channels)
+    if at.channels(x, dims) != channels:
+        raise Illegal("broadcast", f"{channels} statistics meet {at.channels(x, dims)} channels")
+
+    def gain(var: Tensor, *weight: Tensor) -> Tensor:
+        scale = torch.rsqrt(var + eps)
+        return scale * weight[0] if weight else scale
+
+    def shift(mean: Tensor, gain: Tensor, *bias: Tensor) -> Tensor:
+        return bias[0] - mean * gain if bias else -mean * gain
+
+    gains = K.Map((channels,), gain, (var,) if weight is None else (var, weight))
+    shifts = K.Map((channels,), shift, (mean, gains) if bias is None else (mean, gains, bias))
+    return at.value(x).scale(gains, shifts, dims)

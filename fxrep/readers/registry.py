@@ -1,0 +1,218 @@
+"""The registry: which reader says what an op of the graph means, and the `Call` that a reader reads."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.fx import Node
+
+from fxrep import form as forms
+from fxrep import kernel as K
+from fxrep.errors import Illegal, Refusal
+from fxrep.form import AffineForm
+from fxrep.kernel import Kernel
+from fxrep.shapes import Dim, Shape, Shapes
+
+Target = Any  # an nn.Module type, a function, or the name of a Tensor method
+Reader = Callable[..., "AffineForm | Refusal"]
+ShapeRule = Callable[..., "Shape | None"]
+
+_READERS: dict[Target, Reader] = {}
+_SHAPE_RULES: dict[Target, ShapeRule] = {}
+_REQUIRED = object()
+
+
+def reader(*targets: Target) -> Callable[[Reader], Reader]:
+    """Registers a reader for module types, functions and method names (`"add"` for `x.add(...)`).
+
+    A reader of a module type is called as `read(at, module)`, any other as `read(at)`; it returns the `AffineForm` of
+    the node over its direct operands, returns a `Refusal`, or lets an `Illegal` of the algebra pass.
+    """
+    return _register(_READERS, targets)
+
+
+def shape_rule(*targets: Target) -> Callable[[ShapeRule], ShapeRule]:
+    """Registers what is known of the shape of an op that has no affine reading, or whose reading was refused."""
+    return _register(_SHAPE_RULES, targets)
+
+
+def _register(registry: dict[Target, Any], targets: Iterable[Target]) -> Callable[[Any], Any]:
+    def add(function: Any) -> Any:
+        for target in targets:
+            if target in registry:
+                raise ValueError(f"{target!r} already has {registry[target].__name__}; one target has one reader")
+            registry[target] = function
+        return function
+
+    return add
+
+
+def registered() -> dict[Target, Reader]:
+    """Every target with its reader, for docs and tests."""
+    return dict(_READERS)
+
+
+@dataclass
+class Facts:
+    """What is known of the graph while it is read, operands first."""
+
+    modules: dict[str, nn.Module]
+    shapes: Shapes = field(default_factory=Shapes)
+    constants: dict[str, Kernel] = field(default_factory=dict)
+    scalars: dict[str, Any] = field(default_factory=dict)
+    layouts: dict[str, Layout] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Atom:
+    """A piece of one axis of a value: `size` entries, `stride` apart. A whole axis has stride 1 and all of its size."""
+
+    axis: int
+    size: Dim
+    stride: int = 1
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A view: its axes, each a row-major product of pieces of the axes of `source`."""
+
+    source: Node
+    axes: tuple[tuple[Atom, ...], ...]
+
+
+@dataclass
+class Call:
+    """One node, as its reader sees it: arguments bound by name, operands as forms, constants as kernels."""
+
+    node: Node
+    facts: Facts
+    out_shape: Shape | None = None
+
+    @property
+    def shapes(self) -> Shapes:
+        return self.facts.shapes
+
+    def bind(self, names: str, **defaults: Any) -> list[Any]:
+        """The arguments in the order of `names`, positional or by keyword."""
+        order = names.split()
+        given = dict(zip(order, self.node.args, strict=False)) | dict(self.node.kwargs)
+        unknown = [k for k in given if k not in order]
+        if unknown or len(self.node.args) > len(order):
+            raise Illegal("unsupported-options", f"has arguments that its reader does not know: {unknown or self.node.args}")
+        bound = [given.get(n, defaults.get(n, _REQUIRED)) for n in order]
+        if any(b is _REQUIRED for b in bound):
+            raise Illegal("unsupported-options", f"is called without {order[bound.index(_REQUIRED)]}")
+        return [self.number(b) for b in bound]
+
+    def number(self, argument: Any) -> Any:
+        """A traced number as the `Dim` it is known to be; every other argument unchanged."""
+        if isinstance(argument, Node) and argument.name in self.facts.scalars:
+            known = self.facts.scalars[argument.name]
+            return argument if known is None else known
+        if isinstance(argument, (tuple, list)):
+            return type(argument)(self.number(a) for a in argument)
+        return argument
+
+    def is_value(self, argument: Any) -> bool:
+        """Whether the argument is a tensor that depends on the network's input."""
+        known = self.facts.constants.keys() | self.facts.scalars.keys()
+        return isinstance(argument, Node) and argument.name not in known
+
+    def constant(self, argument: Any) -> Kernel:
+        """A parameter, constant tensor or number as a kernel. Raises Illegal for a value of the network."""
+        if isinstance(argument, Node) and argument.name in self.facts.constants:
+            return self.facts.constants[argument.name]
+        if isinstance(argument, (int, float)) and not isinstance(argument, bool):
+            return K.Constant((), float(argument))
+        if isinstance(argument, Tensor):
+            return K.Leaf.of(argument)
+        raise Illegal("not-affine", f"a weight of it, {argument}, is computed from the network's input")
+
+    def optional(self, argument: Any) -> Kernel | None:
+        return None if argument is None else self.constant(argument)
+
+    def value(self, argument: Any) -> AffineForm:
+        """The form of a tensor operand, an anchor."""
+        if not self.is_value(argument):
+            raise Illegal("not-affine", f"{argument} is not a value of the network")
+        return forms.value(argument.name)
+
+    def operand(self) -> AffineForm:
+        """The form of the first argument."""
+        return self.value(self.first)
+
+    @property
+    def first(self) -> Any:
+        return self.node.args[0] if self.node.args else next(iter(self.node.kwargs.values()), None)
+
+    def shape(self, argument: Any) -> Shape:
+        """The shape of a tensor operand, as far as it is known."""
+        if argument.name in self.facts.constants:
+            return Shape(None, self.facts.constants[argument.name].shape)
+        return self.shapes.of[argument.name]
+
+    def rank(self, argument: Any) -> int:
+        rank = self.shapes.rank(self.shape(argument))
+        if rank is None:
+            raise Illegal(
+                "rank-unknown",
+                f"the number of axes of {argument.name} decides which one holds the channels",
+                "pass example_inputs",
+            )
+        return rank
+
+    def dim(self, argument: Any, index: int) -> Dim | None:
+        return self.shapes.dim(self.shape(argument), index)
+
+    def from_end(self, argument: Any, axis: int) -> int:
+        """An axis counted from the end, which needs no rank where it already is."""
+        return axis if axis < 0 else axis - self.rank(argument)
+
+    def channels(self, argument: Any, dims: int) -> int:
+        """How many channels an operand has before its last `dims` axes."""
+        size = self.dim(argument, -dims - 1)
+        if not isinstance(size, int):
+            raise Illegal("shape-unknown", f"the channels of {argument.name} are not known")
+        return size
+
+    def require_channels(self, argument: Any, dims: int, channels: int) -> None:
+        """Notes that the op accepts only this many channels."""
+        self.shapes.require_size(self.shape(argument), -dims - 1, channels)
+
+
+def find(call: Call) -> tuple[Reader | None, tuple[Any, ...]]:
+    """The reader of a node and what to call it with. A module matches by exact type, or by an inherited forward."""
+    return _find(_READERS, call)
+
+
+def find_shape_rule(call: Call) -> tuple[ShapeRule | None, tuple[Any, ...]]:
+    return _find(_SHAPE_RULES, call)
+
+
+def _find(registry: dict[Target, Any], call: Call) -> tuple[Any, tuple[Any, ...]]:
+    node = call.node
+    if node.op != "call_module":
+        return registry.get(node.target), (call,)
+    module = call.facts.modules[str(node.target)]
+    return registry.get(meaning_of(module, registry)), (call, module)
+
+
+def meaning_of(module: nn.Module, registry: dict[Target, Any]) -> type | None:
+    """The registered type whose `forward` this module runs, or None. A subclass with its own forward is not guessed."""
+    kind = effective_type(module)
+    for base in kind.__mro__:
+        if base in registry:
+            return base if kind.forward is base.forward and "forward" not in vars(module) else None
+    return None
+
+
+def effective_type(module: nn.Module) -> type:
+    """The module's class, without the one that `torch.nn.utils.parametrize` puts in front of it."""
+    kind = type(module)
+    if torch.nn.utils.parametrize.is_parametrized(module):
+        return kind.__mro__[1]
+    return kind

@@ -1,0 +1,194 @@
+"""Views: which axes of a value a reshape, transpose or flatten merges, splits and moves (in the manner of einops)."""
+
+from __future__ import annotations
+
+from itertools import product
+from math import prod
+from typing import Any
+
+import torch
+from torch import nn
+from torch.fx import Node
+
+from fxrep.errors import Illegal
+from fxrep.readers.registry import Atom, Call, Layout, shape_rule
+from fxrep.shapes import Dim, Shape, multiplied
+
+Axes = tuple[tuple[Atom, ...], ...]
+
+RESHAPES = ("view", "reshape", torch.reshape)
+FLATTENS = (torch.flatten, "flatten", nn.Flatten)
+LIKE_ANOTHER = ("reshape_as", "view_as")
+TRANSPOSES = (torch.transpose, "transpose", "swapaxes", torch.swapaxes)
+PERMUTES = (torch.permute, "permute")
+SQUEEZES = (torch.squeeze, "squeeze")
+UNSQUEEZES = (torch.unsqueeze, "unsqueeze")
+
+
+def layout_of(at: Call, value: Node) -> Layout:
+    """The layout of a value: the one recorded for a view, else its own axes, whole."""
+    known = at.facts.layouts.get(value.name)
+    if known is not None:
+        return known
+    rank = at.rank(value)
+    dims = [at.dim(value, i) for i in range(-rank, 0)]
+    return Layout(value, tuple((Atom(i, d),) for i, d in zip(range(-rank, 0), dims, strict=True) if d is not None))
+
+
+def _view(at: Call, source: Node, axes: Axes) -> Shape:
+    at.facts.layouts[at.node.name] = Layout(source, axes)
+    return Shape(None, tuple(multiplied(*(a.size for a in axis)) for axis in axes))
+
+
+@shape_rule(*RESHAPES)
+def shape_of_reshape(at: Call) -> Shape:
+    args = [at.number(a) for a in at.node.args[1:]] + [at.number(v) for k, v in at.node.kwargs.items() if k != "input"]
+    sizes = args[0] if len(args) == 1 and isinstance(args[0], (tuple, list)) else args
+    return _reshaped(at, at.first, list(sizes))
+
+
+@shape_rule(*LIKE_ANOTHER)
+def shape_of_reshape_as(at: Call) -> Shape:
+    other = at.node.args[1]
+    rank = at.rank(other)
+    return _reshaped(at, at.first, [at.dim(other, i) for i in range(-rank, 0)])
+
+
+@shape_rule(*FLATTENS)
+def shape_of_flatten(at: Call, module: nn.Module | None = None) -> Shape:
+    if module is not None:
+        x, start, end = at.first, module.start_dim, module.end_dim
+    else:
+        x, start, end = at.bind("input start_dim end_dim", start_dim=0, end_dim=-1)
+    layout = layout_of(at, x)
+    count = len(layout.axes)
+    start, end = start % count, end % count
+    merged = tuple(a for axis in layout.axes[start : end + 1] for a in axis)
+    return _view(at, layout.source, (*layout.axes[:start], merged, *layout.axes[end + 1 :]))
+
+
+@shape_rule(*TRANSPOSES)
+def shape_of_transpose(at: Call) -> Shape:
+    x, first, second = at.bind("input dim0 dim1")
+    layout = layout_of(at, x)
+    axes = list(layout.axes)
+    axes[first], axes[second] = axes[second], axes[first]
+    return _view(at, layout.source, tuple(axes))
+
+
+@shape_rule(*PERMUTES)
+def shape_of_permute(at: Call) -> Shape:
+    order = at.node.args[1:] or tuple(at.node.kwargs.values())[-1:]
+    order = order[0] if len(order) == 1 and isinstance(order[0], (tuple, list)) else order
+    layout = layout_of(at, at.first)
+    return _view(at, layout.source, tuple(layout.axes[i] for i in order))
+
+
+@shape_rule(*SQUEEZES)
+def shape_of_squeeze(at: Call) -> Shape:
+    x, dim = at.bind("input dim", dim=None)
+    layout = layout_of(at, x)
+    if not isinstance(dim, int) or multiplied(*(a.size for a in layout.axes[dim])) != 1:
+        raise Illegal("shape-unknown", "which axes it drops depends on their sizes")
+    axes = list(layout.axes)
+    del axes[dim]
+    return _view(at, layout.source, tuple(axes))
+
+
+@shape_rule(*UNSQUEEZES)
+def shape_of_unsqueeze(at: Call) -> Shape:
+    x, dim = at.bind("input dim")
+    layout = layout_of(at, x)
+    axes = list(layout.axes)
+    axes.insert(dim if dim >= 0 else dim + len(axes) + 1, ())
+    return _view(at, layout.source, tuple(axes))
+
+
+@shape_rule("contiguous")
+def shape_of_contiguous(at: Call) -> Shape:
+    layout = layout_of(at, at.first)
+    return _view(at, layout.source, layout.axes)
+
+
+def _reshaped(at: Call, x: Node, sizes: list[Any]) -> Shape:
+    """Matches the sizes against the axes; where that fails the shape may still be known, the axes are not."""
+    if any(isinstance(s, Node) or s is None for s in sizes):
+        return Shape(at.node.name)
+    layout = layout_of(at, x)
+    atoms = [a for axis in layout.axes for a in axis]
+    hole = sizes.index(-1) if -1 in sizes else len(sizes)
+    head, atoms = _match(atoms, sizes[:hole])
+    if head is not None and hole < len(sizes):
+        tail, atoms = _match(atoms[::-1], sizes[:hole:-1], from_end=True)
+        head = None if tail is None else [*head, tuple(atoms), *reversed(tail)]
+    elif atoms:
+        head = None
+    if head is not None:
+        return _view(at, layout.source, tuple(head))
+    unknown = [s if s != -1 else None for s in sizes]
+    return Shape(at.node.name) if None in unknown else Shape(None, tuple(sizes))
+
+
+def _match(atoms: list[Atom], sizes: list[Dim], from_end: bool = False) -> tuple[list[tuple[Atom, ...]] | None, list[Atom]]:
+    """Takes atoms from the front for each size in turn, splitting an axis of known size where one must be split."""
+    rest, axes = list(atoms), []
+    for size in sizes:
+        taken: list[Atom] = []
+        while multiplied(*(a.size for a in taken)) != size:
+            if not rest:
+                return None, atoms
+            have = multiplied(*(a.size for a in taken))
+            atom = rest.pop(0)
+            if isinstance(atom.size, int) and isinstance(size, int) and isinstance(have, int) and have * atom.size > size:
+                pieces = _split(atom, size, have, from_end)
+                if pieces is None:
+                    return None, atoms
+                atom, left = pieces
+                rest.insert(0, left)
+            taken.append(atom)
+        axes.append(tuple(reversed(taken)) if from_end else tuple(taken))
+    return axes, rest
+
+
+def _split(atom: Atom, size: int, have: int, from_end: bool) -> tuple[Atom, Atom] | None:
+    """The piece of an atom that completes `size`, and what is left of it."""
+    assert isinstance(atom.size, int)
+    need, remainder = divmod(size, have)
+    if remainder or need == 0 or atom.size % need:
+        return None
+    left = atom.size // need
+    if from_end:
+        return Atom(atom.axis, need, atom.stride), Atom(atom.axis, left, atom.stride * need)
+    return Atom(atom.axis, need, atom.stride * left), Atom(atom.axis, left, atom.stride)
+
+
+def axes_of(at: Call) -> tuple[Node, Axes]:
+    """The source and the axes of the view that this node is. Raises Illegal where they are not known."""
+    layout = at.facts.layouts.get(at.node.name)
+    if layout is None:
+        raise Illegal("shape-unknown", "its sizes do not say which axes it merges and splits")
+    return layout.source, layout.axes
+
+
+def keeps_rows(at: Call, source: Node, axes: Axes) -> bool:
+    """Whether the view only regroups the axes before the last one: the rows of a linear layer, in the same order."""
+    whole = layout_of(at, source).axes
+    if axes[-1:] != whole[-1:] or len(whole) < 2:
+        return False
+    atoms = [a for axis in axes for a in axis]
+    position = [(a.axis, -a.stride) for a in atoms]
+    return position == sorted(position)
+
+
+def channel_permutation(at: Call, source: Node, axes: Axes) -> tuple[int, tuple[int, ...]]:
+    """The `dims` and the order of a view that permutes one axis and leaves the others. Raises Illegal for any other."""
+    whole = layout_of(at, source).axes
+    changed = [i for i, (a, b) in enumerate(zip(axes, whole, strict=False)) if a != b]
+    if len(axes) != len(whole) or len(changed) != 1 or len({a.axis for a in axes[changed[0]]}) != 1:
+        raise Illegal("layout", "the view moves or merges axes")
+    atoms = axes[changed[0]]
+    sizes = [a.size for a in atoms if isinstance(a.size, int)]
+    if len(sizes) != len(atoms) or prod(sizes) != at.dim(source, changed[0] - len(whole)):
+        raise Illegal("shape-unknown", "the sizes that the view permutes are not known")
+    ranges = [range(0, s * a.stride, a.stride) for s, a in zip(sizes, atoms, strict=True)]
+    return len(whole) - 1 - changed[0], tuple(sum(p) for p in product(*ranges))

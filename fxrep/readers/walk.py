@@ -1,0 +1,261 @@
+"""Reads a whole graph: shapes, constants, sizes, and the affine form of every node that has one."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.fx import Graph, Node
+
+from fxrep import kernel as K
+from fxrep.affine import AffineConv
+from fxrep.errors import Illegal, Refusal
+from fxrep.form import AffineForm
+from fxrep.kernel import Kernel
+from fxrep.readers.registry import Call, Facts, find, find_shape_rule
+from fxrep.shapes import Shape, shifted
+
+SHAPE_ATTRIBUTES = ("shape", "ndim")
+OTHER_METADATA = ("dtype", "device", "is_cuda", "layout", "requires_grad", "is_quantized")
+METADATA_METHODS = ("size", "dim", "ndimension", "numel", "is_floating_point", "stride", "is_contiguous")
+ASSERTS = (torch._assert,)
+
+
+@dataclass(frozen=True)
+class Readings:
+    """What was read of a graph, by node name. A node has a form, or a refusal, or neither: it is no affine op."""
+
+    forms: Mapping[str, AffineForm]
+    refusals: Mapping[str, Refusal]
+    facts: Facts
+
+    def is_value(self, node: Node) -> bool:
+        return node.name not in self.facts.constants and node.name not in self.facts.scalars
+
+
+def read_graph(graph: Graph, modules: dict[str, nn.Module], ranks: Mapping[str, int] | None = None) -> Readings:
+    """Reads every node, operands first. `ranks` gives the number of axes of placeholders, where it is known."""
+    facts = Facts(modules)
+    facts.shapes.ranks.update(ranks or {})
+    found: dict[str, AffineForm] = {}
+    refusals: dict[str, Refusal] = {}
+    for node in graph.nodes:
+        if _note_number(node, facts) or _note_constant(node, facts) or node.op == "output":
+            continue
+        form = _read_node(node, facts)
+        if isinstance(form, AffineForm):
+            found[node.name] = form
+        elif isinstance(form, Refusal):
+            refusals[node.name] = form
+    return Readings(found, refusals, facts)
+
+
+def _read_node(node: Node, facts: Facts) -> AffineForm | Refusal | None:
+    call = Call(node, facts)
+    facts.shapes.of[node.name] = _shape_by_rule(call) or Shape(node.name)
+    if node.op in ("placeholder", "get_attr"):
+        return None
+    read, arguments = find(call)
+    if read is None:
+        return None
+    if node.op == "call_module" and is_hooked(facts.modules[str(node.target)]):
+        return Refusal(node.name, "hooked", "a forward hook looks at it", "remove the hook before deployment")
+    result = _attempt(read, arguments, node)
+    if isinstance(result, AffineForm):
+        facts.shapes.of[node.name] = call.out_shape or _shape_of_form(result, facts)
+    return result
+
+
+def _attempt(read: Callable[..., Any], arguments: tuple[Any, ...], node: Node) -> AffineForm | Refusal:
+    try:
+        return read(*arguments)  # type: ignore[no-any-return]
+    except Illegal as illegal:
+        return Refusal(node.name, illegal.code, illegal.reason, illegal.hint)
+
+
+def _shape_by_rule(call: Call) -> Shape | None:
+    rule, arguments = find_shape_rule(call)
+    if rule is None:
+        return None
+    try:
+        return rule(*arguments)
+    except Illegal:
+        return None
+
+
+def _shape_of_form(form: AffineForm, facts: Facts) -> Shape:
+    """From any operator's geometry and its anchor's shape; a sum of plain values has the shape of each."""
+    terms = list(form.terms)
+    anchor, term = next(((a, t) for a, t in terms if isinstance(t, AffineConv)), terms[0])
+    shape = facts.shapes.full(facts.shapes.of[anchor.source])
+    if not isinstance(term, AffineConv):
+        return shape
+    dims = term.dims
+    spatial = []
+    for i in range(dims):
+        size = facts.shapes.dim(shape, i - dims)
+        if size is None:
+            return Shape(None)
+        spatial.append(_convolved(size, term, i))
+    before = [facts.shapes.dim(shape, -i) for i in range(len(shape.tail), dims + 1, -1)]
+    return Shape(shape.root, (*(b for b in before if b is not None), form.channels or term.out_channels, *spatial))
+
+
+def _convolved(size: Any, term: AffineConv, i: int) -> Any:
+    stride = term.stride[i]
+    if not term.transposed:
+        return shifted(size, term.net_pad[i] - 1 + stride, stride)
+    from fxrep.shapes import multiplied
+
+    scaled = multiplied(shifted(size, -1), stride)
+    return shifted(scaled, term.span[i] + 1 - term.pad_lo[i] - term.pad_hi[i])
+
+
+def is_hooked(module: nn.Module) -> bool:
+    """Whether somebody looks at, or may change, what goes in or comes out."""
+    return any((module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks))
+
+
+def _note_constant(node: Node, facts: Facts) -> bool:
+    """Notes parameters, and what is computed from parameters alone, as kernels."""
+    if node.op == "get_attr":
+        tensor = _attribute(facts.modules[""], str(node.target))
+        if isinstance(tensor, Tensor):
+            facts.constants[node.name] = K.Leaf.of(tensor)
+            return True
+        return False
+    operands = node.all_input_nodes
+    if node.op not in ("call_function", "call_method") or not operands or _is_random(node):
+        return False
+    if any(o.name not in facts.constants for o in operands):
+        return False
+    kernel = _computed(node, operands, facts)
+    if kernel is not None:
+        facts.constants[node.name] = kernel
+    return kernel is not None
+
+
+def _is_random(node: Node) -> bool:
+    name = str(getattr(node.target, "__name__", node.target))
+    return any(word in name for word in ("rand", "dropout", "bernoulli", "normal", "multinomial"))
+
+
+def _computed(node: Node, operands: list[Node], facts: Facts) -> Kernel | None:
+    """The node as a `Map` over the kernels of its operands; its shape is found by running it once."""
+    kernels = tuple(facts.constants[o.name] for o in operands)
+
+    def run(*values: Tensor) -> Any:
+        number = dict(zip(operands, values, strict=True))
+        args, kwargs = torch.fx.map_arg((node.args, dict(node.kwargs)), lambda n: number[n])
+        if node.op == "call_method":
+            return getattr(args[0], str(node.target))(*args[1:], **kwargs)
+        return node.target(*args, **kwargs)  # type: ignore[operator]
+
+    try:
+        with torch.no_grad():
+            sample = run(*(_as_stored(k) for k in kernels))
+    except Exception:  # noqa: BLE001 - a constant that cannot be computed ahead is simply not a constant
+        return None
+    if not isinstance(sample, Tensor):
+        return None
+    if not sample.is_floating_point():
+        return K.Leaf.of(sample)
+    return K.Map(tuple(sample.shape), run, kernels)
+
+
+def _as_stored(kernel: Kernel) -> Tensor:
+    return kernel.tensor if isinstance(kernel, K.Leaf) else K.evaluate(kernel)
+
+
+def _attribute(root: nn.Module, target: str) -> Any:
+    owner: Any = root
+    for part in target.split("."):
+        owner = getattr(owner, part, None)
+    return owner
+
+
+def _note_number(node: Node, facts: Facts) -> bool:
+    """Notes nodes that read sizes, and arithmetic on them: uses of the metadata of a value, not of its numbers."""
+    if node.op not in ("call_function", "call_method"):
+        return False
+    operands = node.all_input_nodes
+    if _reads_metadata(node):
+        facts.scalars[node.name] = _size_value(node, facts)
+        return True
+    if operands and all(o.name in facts.scalars for o in operands) and node.op == "call_function":
+        facts.scalars[node.name] = _number_value(node, facts)
+        return True
+    return False
+
+
+def _reads_metadata(node: Node) -> bool:
+    if node.op == "call_method":
+        return node.target in METADATA_METHODS
+    if node.target is getattr:
+        return node.args[1] in SHAPE_ATTRIBUTES + OTHER_METADATA
+    return node.target is len
+
+
+def _size_value(node: Node, facts: Facts) -> Any:
+    x = node.args[0]
+    shape = facts.shapes.of.get(x.name) if isinstance(x, Node) else None
+    if shape is None and isinstance(x, Node) and x.name in facts.constants:
+        shape = Shape(None, facts.constants[x.name].shape)
+    if shape is None:
+        return None
+    rank = facts.shapes.rank(shape)
+    what = node.args[1] if node.target is getattr else node.target
+    if what in ("ndim", "dim", "ndimension"):
+        return rank
+    index = node.args[1] if what == "size" and len(node.args) > 1 else node.kwargs.get("dim")
+    if what == "size" and isinstance(index, int):
+        return _axis(facts, shape, index, rank)
+    if what in ("shape", "size") and rank is not None:
+        return tuple(facts.shapes.dim(shape, i) for i in range(-rank, 0))
+    if what in ("shape", "size"):
+        return _Sizes(facts, shape)
+    return None
+
+
+@dataclass(frozen=True)
+class _Sizes:
+    """`x.shape` of a value whose rank is not known: only axes counted from the end can be told."""
+
+    facts: Facts
+    shape: Shape
+
+
+def _axis(facts: Facts, shape: Shape, index: int, rank: int | None) -> Any:
+    if index >= 0:
+        if rank is None:
+            return None
+        index -= rank
+    return facts.shapes.dim(shape, index)
+
+
+def _number_value(node: Node, facts: Facts) -> Any:
+    """Arithmetic on known integers, and picking one size out of a shape."""
+    call = Call(node, facts)
+    args = [facts.scalars.get(a.name) if isinstance(a, Node) else a for a in node.args]
+    if node.target is operator.getitem:
+        sizes, index = args
+        if isinstance(sizes, tuple):
+            return sizes[index] if isinstance(index, (int, slice)) and _within(sizes, index) else None
+        if isinstance(sizes, _Sizes) and isinstance(index, int):
+            return _axis(facts, sizes.shape, index, facts.shapes.rank(sizes.shape))
+        return None
+    if node.target is operator.mul and all(a is not None for a in args):
+        from fxrep.shapes import Size, multiplied
+
+        return multiplied(*args) if all(isinstance(a, (int, Size)) for a in args) else None
+    if all(isinstance(call.number(a), int) for a in node.args) and callable(node.target) and node.target not in ASSERTS:
+        return node.target(*args)
+    return None
+
+
+def _within(sizes: tuple[Any, ...], index: int | slice) -> bool:
+    return isinstance(index, slice) or -len(sizes) <= index < len(sizes)

@@ -1,0 +1,248 @@
+"""From a plan to a graph: the only writer."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.fx import Graph, GraphModule, Node
+
+from fxrep import mutation
+from fxrep.errors import Refusal
+from fxrep.fold import Folded, layer_of, pad_arguments, pad_mode, scale_of
+from fxrep.form import Anchor
+from fxrep.lower import Emit, needs_explicit_pad
+from fxrep.plan import Decision, Plan
+from fxrep.readers import Readings
+from fxrep.readers.walk import ASSERTS
+from fxrep.shapes import Dim, Product, Size
+
+PROVENANCE = "fxrep_provenance"
+
+
+@dataclass
+class Rewriter:
+    """Writes the new graph next to the old one. `folded` holds the numbers of every emit of every decision."""
+
+    old: Graph
+    plan: Plan
+    readings: Readings
+    modules: dict[str, nn.Module]
+    folded: Mapping[int, Folded]
+    new: Graph = field(default_factory=Graph)
+    env: dict[Node, Any] = field(default_factory=dict)
+    ours: set[Node] = field(default_factory=set)
+    layers: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    droppable: list[Node] = field(default_factory=list)
+
+    def write(self, class_name: str) -> GraphModule:
+        """The collapsed module, over the modules and tensors that are still called."""
+        self.nodes = {n.name: n for n in self.old.nodes}
+        self.leaves = {str(n.target) for n in self.old.nodes if n.op == "call_module"}
+        self.new._codegen = self.old._codegen
+        for node in self.old.nodes:
+            self._node(node)
+        for node in reversed(self.droppable):
+            if not node.users:
+                self.new.erase_node(node)
+        mutation.restore(self.new, self.ours, self.modules)
+        self.new.lint()
+        targets = {str(n.target): self._attribute(str(n.target)) for n in self.new.nodes if n.op in ("call_module", "get_attr")}
+        return GraphModule(targets, self.new, class_name)
+
+    def _node(self, node: Node) -> None:
+        name = node.name
+        if name in self.plan.removed:
+            return
+        if name in self.plan.decisions:
+            self.env[node] = self._decision(node, self.plan.decisions[name])
+            return
+        if self._is_settled_assert(node) or self._is_stranded(node):
+            return
+        if name in self.readings.facts.scalars and any(n not in self.env for n in node.all_input_nodes):
+            self.env[node] = self._metadata(node)
+            return
+        copied = self.new.node_copy(node, lambda n: self.env[n])
+        self.env[node] = copied
+        if name in self.readings.facts.constants or name in self.readings.facts.scalars or is_bypass(node, self.readings):
+            self.droppable.append(copied)
+
+    def _is_settled_assert(self, node: Node) -> bool:
+        """An assertion that holds for every input that is accepted: `x.ndim == 4` after an op that takes nothing else."""
+        condition = node.args[0] if node.target in ASSERTS and node.args else None
+        return isinstance(condition, Node) and self.readings.facts.scalars.get(condition.name) is True
+
+    def _is_stranded(self, node: Node) -> bool:
+        """Whether the op led only to values that are now computed without it (a chunk whose pieces were folded)."""
+        missing = [n for n in node.all_input_nodes if n not in self.env]
+        return bool(missing) and is_bypass(node, self.readings)
+
+    def _decision(self, node: Node, decision: Decision) -> Node:
+        replaced = (*decision.inlined, decision.node)
+        scope = self._scope([self.nodes[r] for r in replaced])
+        parts = [self._sum(part, decision, scope, replaced) for part in decision.recipe.parts]
+        if len(parts) == 1:
+            return parts[0]
+        return self._call(torch.cat, (parts, -(decision.recipe.dims or 0) - 1))
+
+    def _sum(self, part: tuple[Emit, ...], decision: Decision, scope: str, replaced: tuple[str, ...]) -> Node:
+        total = None
+        for emit in part:
+            term = self._emit(self.folded[id(emit)], decision.recipe.dims or 0, scope, replaced)
+            total = term if total is None else self._call(operator.add, (total, term))
+        assert total is not None
+        return total
+
+    def _emit(self, folded: Folded, dims: int, scope: str, replaced: tuple[str, ...]) -> Node:
+        x = self._anchor(folded.emit.anchor, dims, scope)
+        if folded.emit.operator is None:
+            return self._scale(folded, x, dims, scope, replaced)
+        operator_ = folded.emit.operator
+        if needs_explicit_pad(operator_):
+            mode = pad_mode(operator_)
+            value = folded.fill if mode == "constant" else None
+            x = self._call(F.pad, (x, pad_arguments(operator_)), {"mode": mode, "value": value})
+        name = self._install(layer_of(folded), scope, replaced)
+        called = self.new.call_module(name, (x,))
+        self.ours.add(called)
+        return called
+
+    def _anchor(self, anchor: Anchor, dims: int, scope: str) -> Node:
+        value: Node = self.env[self.nodes[anchor.source]]
+        if anchor.rows is None:
+            return value
+        rows, axis = anchor.rows, -dims - 1
+        if rows == tuple(range(rows[0], rows[0] + len(rows))):
+            return self.new.call_function(torch.narrow, (value, axis, rows[0], len(rows)))
+        holder = nn.Module()
+        holder.register_buffer("index", torch.tensor(rows))
+        index = self.new.get_attr(f"{self._install(holder, scope, ())}.index")
+        return self._call(torch.index_select, (value, axis, index))
+
+    def _scale(self, folded: Folded, x: Node, dims: int, scope: str, replaced: tuple[str, ...]) -> Node:
+        """γ·x + β in one operator: addcmul where both are there."""
+        gain, bias = (
+            float(v) if v is not None and not v.ndim else v for v in (folded.weight, folded.bias)
+        )
+        if gain is None and bias is None:
+            return x
+        vectors = {n: scale_of(v, folded, dims) for n, v in (("weight", gain), ("bias", bias)) if isinstance(v, torch.Tensor)}
+        named: dict[str, Any] = {"weight": gain, "bias": bias}
+        if vectors:
+            holder = nn.Module()
+            for name, vector in vectors.items():
+                holder.register_parameter(name, vector)
+            path = self._install(holder, scope, replaced)
+            named |= {n: self.new.get_attr(f"{path}.{n}") for n in vectors}
+        if len(vectors) == 2:
+            return self._call(torch.addcmul, (named["bias"], x, named["weight"]))
+        scaled = x if gain is None else self._call(operator.mul, (x, named["weight"]))
+        return scaled if bias is None else self._call(operator.add, (scaled, named["bias"]))
+
+    def _call(self, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> Node:
+        node = self.new.call_function(function, args, kwargs)
+        self.ours.add(node)
+        return node
+
+    def _install(self, module: nn.Module, scope: str, replaced: tuple[str, ...]) -> str:
+        """Registers a new module as `scope.reparam`, numbered where the name is taken."""
+        stem = f"{scope}.reparam" if scope else "reparam"
+        name, number = stem, 0
+        while name in self.modules or hasattr(self.modules.get(scope), name.rpartition(".")[2]):
+            number += 1
+            name = f"{stem}_{number}"
+        self.modules[name] = module.eval()
+        if replaced:
+            setattr(module, PROVENANCE, replaced)
+            self.layers[name] = replaced
+        return name
+
+    def _scope(self, nodes: list[Node]) -> str:
+        """The innermost module that encloses all of `nodes` and is no layer itself."""
+        paths = [scope_of(n).split(".") for n in nodes]
+        common: list[str] = []
+        for level in zip(*paths, strict=False):
+            if len(set(level)) > 1 or ".".join([*common, level[0]]) in self.leaves:
+                break
+            common.append(level[0])
+        return ".".join(common)
+
+    def _metadata(self, node: Node) -> Any:
+        """A size of a value that is no longer computed: known, or computed from a value that is."""
+        known = self.readings.facts.scalars[node.name]
+        if isinstance(known, tuple):
+            return tuple(self._size(d) for d in known)
+        if isinstance(known, Size):
+            return self._size(known)
+        if known is not None:
+            return known
+        source = node.args[0]
+        assert isinstance(source, Node)
+        carrier = next(s for s in _carriers(source, self.readings, self.env) if s in self.env)
+        return self.new.node_copy(node, lambda n: self.env[carrier] if n is source else self.env[n])
+
+    def _size(self, dim: Dim) -> Any:
+        if isinstance(dim, int):
+            return dim
+        if isinstance(dim.base, Product):
+            value: Any = 1
+            for factor in dim.base.sizes:
+                value = self.new.call_function(operator.mul, (value, self._size(factor)))
+        else:
+            value = self.new.call_method("size", (self.env[self.nodes[dim.base.root]], dim.base.index))
+        if dim.add:
+            value = self.new.call_function(operator.add, (value, dim.add))
+        return value if dim.divide == 1 else self.new.call_function(operator.floordiv, (value, dim.divide))
+
+    def _attribute(self, target: str) -> Any:
+        if target in self.modules:
+            return self.modules[target]
+        owner, _, name = target.rpartition(".")
+        return getattr(self.modules[owner], name)
+
+
+def scope_of(node: Node) -> str:
+    """The path of the module whose forward made this node; for a layer, of the module that called it."""
+    stack = node.meta.get("nn_module_stack") or {}
+    innermost: str = next(reversed(stack.values()), ("",))[0] if stack else ""
+    return innermost.rpartition(".")[0] if node.op == "call_module" else innermost
+
+
+def is_bypass(node: Node, readings: Readings) -> bool:
+    """Whether every reader of this op has a form that does without it: the chunk under its pieces, a stack under its sum."""
+    if node.op not in ("call_function", "call_method") or not node.users or node.name in readings.forms:
+        return False
+    return all(
+        (u.name in readings.forms and node.name not in readings.forms[u.name].sources) or is_bypass(u, readings)
+        for u in node.users
+    )
+
+
+def settles(node: Node, readings: Readings) -> bool:
+    """Whether what the node reads of a value's size can still be told once the value is no longer computed."""
+    known = readings.facts.scalars.get(node.name)
+    if isinstance(known, tuple):
+        return all(k is not None for k in known)
+    if known is not None:
+        return isinstance(known, (int, Size))
+    what = node.args[1] if node.target is getattr and len(node.args) > 1 else None
+    return what in ("dtype", "device", "is_cuda")
+
+
+def _carriers(node: Node, readings: Readings, env: Mapping[Node, Any]) -> list[Node]:
+    """The values from which `node` was computed, nearest first."""
+    found, todo = [], [node]
+    while todo:
+        current = todo.pop(0)
+        found.append(current)
+        todo.extend(n for n in current.all_input_nodes if readings.is_value(n) and n not in found)
+    return found
+
+
+def refusal_of_write(node: str) -> Refusal:
+    return Refusal(node, "mutation", "its memory is written in place while another reader may still see it", "inplace=False")

@@ -1,0 +1,156 @@
+"""Symbolic shapes: enough to prove that two values have one size, for every input. Pure; no fx, no tensors.
+
+A spatial size is floor((n + c) / s) of a size n of some *root* (a placeholder, or a value nothing is known about): every
+chain of convolutions and poolings stays in that form, since nested floors collapse. Equal expressions are equal sizes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from math import prod
+
+
+@dataclass(frozen=True)
+class Axis:
+    """Axis `index` (counted from the end, negative) of the value `root`, of unknown size."""
+
+    root: str
+    index: int
+
+
+@dataclass(frozen=True)
+class Product:
+    """The product of sizes: flattened axes, or a size times a factor."""
+
+    sizes: tuple[Dim, ...]
+
+
+@dataclass(frozen=True)
+class Size:
+    """floor((base + add) / divide)."""
+
+    base: Axis | Product
+    add: int = 0
+    divide: int = 1
+
+
+Dim = int | Size
+
+
+@dataclass(frozen=True)
+class Shape:
+    """The axes `tail` at the end; before them, the axes of `root` as they are (root None: there are none)."""
+
+    root: str | None
+    tail: tuple[Dim, ...] = ()
+
+
+def shifted(dim: Dim, add: int, divide: int = 1) -> Dim:
+    """floor((dim + add) / divide), in normal form: ⌊(⌊(n+c)/s⌋ + a)/d⌋ = ⌊(n + c + s·a)/(s·d)⌋."""
+    if isinstance(dim, int):
+        return (dim + add) // divide
+    return Size(dim.base, dim.add + dim.divide * add, dim.divide * divide)
+
+
+def multiplied(*dims: Dim) -> Dim:
+    """The product of sizes, integers gathered into one factor and symbols in a fixed order."""
+    factor = prod(d for d in dims if isinstance(d, int))
+    symbols: list[Size] = []
+    for dim in dims:
+        if isinstance(dim, Size):
+            symbols.append(dim)
+    flat: list[Dim] = []
+    for symbol in symbols:  # a product of products is one product
+        plain = isinstance(symbol.base, Product) and (symbol.add, symbol.divide) == (0, 1)
+        flat.extend(symbol.base.sizes if plain and isinstance(symbol.base, Product) else (symbol,))
+    factor *= prod(d for d in flat if isinstance(d, int))
+    rest = sorted((d for d in flat if isinstance(d, Size)), key=repr)
+    if not rest or factor == 0:
+        return factor
+    if factor == 1 and len(rest) == 1:
+        return rest[0]
+    return Size(Product((*rest, factor) if factor != 1 else tuple(rest)))
+
+
+@dataclass
+class Shapes:
+    """What is known of every value's shape. Facts found later (a rank, a channel count) serve earlier values too."""
+
+    of: dict[str, Shape] = field(default_factory=dict)
+    ranks: dict[str, int] = field(default_factory=dict)
+    sizes: dict[Axis, int] = field(default_factory=dict)
+
+    def rank(self, shape: Shape) -> int | None:
+        if shape.root is None:
+            return len(shape.tail)
+        return self.ranks.get(shape.root)
+
+    def require_rank(self, shape: Shape, rank: int) -> None:
+        """An op that takes only `rank` axes accepted this value."""
+        if shape.root is not None:
+            self.ranks.setdefault(shape.root, rank)
+
+    def dim(self, shape: Shape, index: int) -> Dim | None:
+        """Axis `index` (negative), or None where it is before the first axis."""
+        if -index <= len(shape.tail):
+            return self._known(shape.tail[index])
+        if shape.root is None or -index > self.ranks.get(shape.root, -index):
+            return None
+        return self._known(Size(Axis(shape.root, index)))
+
+    def require_size(self, shape: Shape, index: int, size: int) -> None:
+        """An op that takes only `size` along an axis accepted this value."""
+        dim = self.dim(shape, index)
+        if isinstance(dim, Size) and isinstance(dim.base, Axis) and (dim.add, dim.divide) == (0, 1):
+            self.sizes.setdefault(dim.base, size)
+
+    def full(self, shape: Shape) -> Shape:
+        """The same shape with every axis that is known spelled out."""
+        rank = self.rank(shape)
+        if rank is None:
+            return Shape(shape.root, tuple(self._known(d) for d in shape.tail))
+        axes = [self.dim(shape, i) for i in range(-rank, 0)]
+        return Shape(None, tuple(a for a in axes if a is not None))
+
+    def same(self, a: Shape, b: Shape) -> bool:
+        """Whether the two are provably equal, for every input."""
+        a, b = self.full(a), self.full(b)
+        if a.root != b.root:
+            return False
+        longest = max(len(a.tail), len(b.tail))
+        return all(self.dim(a, -i) == self.dim(b, -i) for i in range(1, longest + 1))
+
+    def same_before(self, a: Shape, b: Shape, axes: int) -> bool:
+        """Whether all axes before the last `axes` are provably equal."""
+        return self.same(self._cut(a, axes), self._cut(b, axes))
+
+    def _cut(self, shape: Shape, axes: int) -> Shape:
+        shape = self.full(shape)
+        tail = [self.dim(shape, -i) if i > axes else 0 for i in range(max(len(shape.tail), axes), 0, -1)]
+        return Shape(shape.root, tuple(t for t in tail if t is not None))
+
+    def _known(self, dim: Dim) -> Dim:
+        if isinstance(dim, Size) and isinstance(dim.base, Axis) and dim.base in self.sizes:
+            return (self.sizes[dim.base] + dim.add) // dim.divide
+        return dim
+
+    def evaluate(self, dim: Dim, size_of: Callable[[Axis], int]) -> int:
+        """The number that `dim` is when every free axis has the size that `size_of` gives."""
+        dim = self._known(dim)
+        if isinstance(dim, int):
+            return dim
+        if isinstance(dim.base, Axis):
+            base = size_of(dim.base)
+        else:
+            base = prod(self.evaluate(d, size_of) for d in dim.base.sizes)
+        return (base + dim.add) // dim.divide
+
+
+def free_axes(dims: Iterable[Dim]) -> set[Axis]:
+    """The roots' axes that `dims` depend on."""
+    found: set[Axis] = set()
+    for dim in dims:
+        if isinstance(dim, Size):
+            found |= {dim.base} if isinstance(dim.base, Axis) else free_axes(dim.base.sizes)
+    return found

@@ -1,0 +1,168 @@
+"""From a module to a graph. Owns every failure of tracing and what is done about it; the caller's model is never touched."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import operator
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from fxrep.errors import FxrepError, Refusal
+from fxrep.readers import is_hooked
+
+
+@dataclass(frozen=True)
+class Traced:
+    """A graph over `root`, and the modules that were kept whole because their forward cannot be traced."""
+
+    root: nn.Module
+    graph: fx.Graph
+    kept: tuple[Refusal, ...] = ()
+    modules: dict[str, nn.Module] = field(default_factory=dict)
+
+
+def structural_copy(model: nn.Module) -> nn.Module:
+    """New module objects around the *same* tensors and hooks, in eval mode: tracing it cannot touch the original."""
+    memo: dict[int, Any] = {}
+    for module in model.modules():
+        tensors = [*module._parameters.values(), *module._buffers.values()]
+        tensors += [v for v in vars(module).values() if isinstance(v, Tensor)]
+        memo.update({id(t): t for t in tensors if t is not None})
+        hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
+        memo.update({id(h): h for kind in hooks for h in kind.values()})
+    try:
+        return copy.deepcopy(model, memo).eval()
+    except Exception as error:
+        raise FxrepError(
+            f"{type(model).__name__} cannot be copied ({error}); fxrep works on a copy, so that your model stays as it is. "
+            "Remove what cannot be copied (open files, locks, generators) from the module's attributes."
+        ) from error
+
+
+def trace(root: nn.Module, examples: Mapping[str, Any] | None = None) -> Traced | Refusal:
+    """Traces `root`; a sub-module that cannot be traced becomes a leaf, and tracing starts again.
+
+    A Refusal comes back where the outermost forward itself cannot be traced.
+    """
+    if "forward" in vars(root):
+        return Refusal("forward", "not-traceable", "the root's forward was replaced on the instance")
+    kept: dict[str, Refusal] = {}
+    while True:
+        tracer = Tracer(frozenset(kept), examples or {})
+        state = {name: _attributes(m) for name, m in root.named_modules()}
+        try:
+            graph = tracer.trace(root)
+        except Exception as error:  # whatever a forward does with a proxy may raise anything
+            _restore(root, state)
+            name = tracer.current
+            reason = f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"
+        else:
+            graph.lint()
+            written = _restore(root, state)
+            if written is None:
+                return Traced(root, graph, tuple(kept.values()), dict(root.named_modules()))
+            name, reason = written, "its forward writes attributes of the module"
+        refusal = Refusal(name or type(root).__name__, "not-traceable", f"kept with its own forward: {reason}")
+        if not name or name in kept:
+            return refusal
+        kept[name] = refusal
+
+
+class Tracer(fx.Tracer):
+    """fx's tracer with leaves for what must stay whole, and arguments with defaults specialised to their default."""
+
+    def __init__(self, kept: frozenset[str] = frozenset(), examples: Mapping[str, Any] | None = None) -> None:
+        super().__init__()
+        self.kept = kept
+        self.examples = examples or {}
+        self.path: list[str] = []
+        self.current = ""
+        self.names: dict[int, str] = {}
+
+    def trace(self, root: Any, concrete_args: dict[str, Any] | None = None) -> fx.Graph:
+        if isinstance(root, nn.Module):
+            tensors = (*root.named_parameters(remove_duplicate=False), *root.named_buffers(remove_duplicate=False))
+            for name, tensor in reversed(tensors):
+                self.names[id(tensor)] = name
+        return super().trace(root, concrete_args)
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        if module_qualified_name in self.kept or is_hooked(m):
+            return True
+        return super().is_leaf_module(m, module_qualified_name)
+
+    def call_module(self, m: nn.Module, forward: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        self.path.append(self.path_of_module(m))
+        self.current = self.path[-1]
+        result = super().call_module(m, forward, args, kwargs)
+        self.path.pop()  # not in a finally: after a failure `current` must name where it happened
+        self.current = self.path[-1] if self.path else ""
+        return result
+
+    def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
+        """A parameter as a proxy, found by identity in constant time (fx searches the whole model each time)."""
+        if not isinstance(attr_val, nn.Parameter) or id(attr_val) not in self.names:
+            return attr_val
+        name = self.names[id(attr_val)]
+        if name not in parameter_proxy_cache:
+            parameter_proxy_cache[name] = self.create_proxy("get_attr", name, (), {})
+        return parameter_proxy_cache[name]
+
+    def create_arg(self, a: Any) -> Any:
+        if isinstance(a, Tensor) and id(a) in self.names:
+            return self.create_node("get_attr", self.names[id(a)], (), {})
+        return super().create_arg(a)
+
+    def create_args_for_root(self, root_fn: Any, is_module: bool, concrete_args: Any = None) -> tuple[Any, list[Any]]:
+        """An argument with a default is taken to have it, and the graph asserts so; `if mask is None` then decides."""
+        function, args = super().create_args_for_root(root_fn, is_module, concrete_args)
+        parameters = inspect.signature(inspect.unwrap(root_fn)).parameters
+        for i, arg in enumerate(args):
+            if not isinstance(arg, fx.Proxy):
+                continue
+            name = str(arg.node.target)
+            default = parameters[name].default if name in parameters else inspect.Parameter.empty
+            if default is inspect.Parameter.empty or isinstance(self.examples.get(name), Tensor):
+                continue
+            args[i] = default
+            same = operator.is_ if default is None or isinstance(default, bool) else operator.eq
+            message = f"fxrep collapsed the model for {name}={default!r}; pass {name} in example_inputs to collapse it for a tensor"
+            torch._assert(self.create_proxy("call_function", same, (arg, default), {}), message)
+        return function, args
+
+
+def _attributes(module: nn.Module) -> dict[str, Any]:
+    return {**vars(module), "_buffers": dict(module._buffers), "_parameters": dict(module._parameters)}
+
+
+def _restore(root: nn.Module, state: Mapping[str, dict[str, Any]]) -> str | None:
+    """Undoes what a traced forward wrote into its modules, and names the first module that wrote."""
+    written = None
+    for name, module in root.named_modules():
+        before = state.get(name)
+        if before is None:
+            continue
+        changed = _changed(module, before)
+        for key in changed:
+            if key in before:
+                vars(module)[key] = before[key]
+            elif not key.startswith("_tensor_constant"):
+                del vars(module)[key]
+        if written is None and any(not k.startswith("_tensor_constant") for k in changed):
+            written = name
+    return written
+
+
+def _changed(module: nn.Module, before: dict[str, Any]) -> list[str]:
+    now = vars(module)
+    keys = [k for k in now if k not in ("_buffers", "_parameters") and (k not in before or now[k] is not before[k])]
+    for kind in ("_buffers", "_parameters"):
+        old, new = before[kind], now[kind]
+        if old.keys() != new.keys() or any(old[k] is not new[k] for k in old):
+            keys.append(kind)
+    return keys
