@@ -17,7 +17,7 @@ from fxrep.certify import certify
 from fxrep.cost import Profile, profile_for
 from fxrep.errors import FxrepError, Illegal, Refusal
 from fxrep.fold import Folded
-from fxrep.mutation import functionalize
+from fxrep.mutation import drop_identities, functionalize
 from fxrep.plan import Plan, Problem, make_plan
 from fxrep.readers import Readings, read_graph
 from fxrep.report import Collapse, Report
@@ -75,6 +75,8 @@ class _Prepared:
         self.traced = traced
         self.graph = traced.graph
         self.modules = traced.modules
+        self.before = census(self.graph, self.modules)
+        drop_identities(self.graph, self.modules)
         pinned = functionalize(self.graph, self.modules)
         inputs = {n: examples[str(n.target)] for n in self.graph.nodes if n.op == "placeholder" and str(n.target) in examples}
         tensors = {n.name: t for n, t in inputs.items() if isinstance(t, Tensor)}
@@ -95,9 +97,8 @@ class _Prepared:
         )  # fmt: skip
         read = [r for r in self.readings.refusals.values() if r.node not in plan.removed]
         labelled = (Refusal(self._label(r.node), r.code, r.reason, r.hint) for r in (*read, *plan.refusals, *refusals))
-        before = census(self.graph, self.modules, self.readings.facts.scalars)
         return Report(
-            name, collapses, (*self.traced.kept, *labelled), before, after or {}, plan.seconds_before, plan.seconds_after
+            name, collapses, (*self.traced.kept, *labelled), self.before, after or {}, plan.seconds_before, plan.seconds_after
         )
 
     def rewrite(self, name: str) -> tuple[GraphModule, Report]:
@@ -129,7 +130,7 @@ def _numbers(graph: Graph, readings: Readings) -> dict[str, object]:
     return {n.name: None for n in graph.nodes if n.name in known}
 
 
-def _problem(graph: Graph, readings: Readings, pinned: set[str], sizes: dict[str, tuple[int, ...]]) -> Problem:
+def _problem(graph: Graph, readings: Readings, pinned: set[str], examples: dict[str, tuple[int, ...]]) -> Problem:
     """Who reads what: forms read their sources, everything else its operands; sizes are no readers."""
     readers: dict[str, set[str]] = {n.name: set() for n in graph.nodes}
     for name, form in readings.forms.items():
@@ -142,11 +143,12 @@ def _problem(graph: Graph, readings: Readings, pinned: set[str], sizes: dict[str
             readers[operand.name].add(node.name)
     fixed = {name: ("mutation", "its memory is written in place") for name in pinned}
     for node in graph.nodes:
-        unsettled = [u for u in node.users if u.name in readings.facts.scalars and not settles(u, readings)]
+        sizes_read = [u for u in node.users if u.name in readings.facts.scalars and u.users]
+        unsettled = [u for u in sizes_read if not settles(u, readings)]
         if unsettled and node.name in readings.forms:
             fixed[node.name] = ("metadata", f"{unsettled[0].name} reads its {_what(unsettled[0])}")
     return Problem(
-        readings.forms, readings.facts.shapes, {k: frozenset(v) for k, v in readers.items()}, fixed, frozenset(pinned), sizes
+        readings.forms, readings.facts.shapes, {k: frozenset(v) for k, v in readers.items()}, fixed, frozenset(pinned), examples
     )
 
 

@@ -49,9 +49,9 @@ class Recipe:
         return self.form.dims
 
     @property
-    def carries_weights(self) -> bool:
-        """Whether computing it twice would hold a convolution's weights twice."""
-        return any(e.operator is not None for e in self.emits)
+    def convolutions(self) -> int:
+        """How many layers with weights it needs."""
+        return sum(e.operator is not None for e in self.emits)
 
     def describe(self) -> str:
         """Like `Conv2d(64, 64, k3x3 s1 p1)`, or a sum of such."""

@@ -33,10 +33,11 @@ FUNCTIONS = {
 }  # fmt: skip
 #: Methods that end in an underscore and yet write no numbers.
 HARMLESS = ("requires_grad_", "detach_", "share_memory_", "rename_")
+IDENTITY_MODULES = (nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
 #: Ops whose result is the operand itself, entry for entry.
 SAME_ENTRIES: tuple[Any, ...] = (
     "detach", torch.detach, "contiguous", "to", "type", "float", "half", "double", "bfloat16", "cpu", "cuda", "view_as",
-    "alias", nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout,
+    "alias", *IDENTITY_MODULES,
     torch.nn.functional.dropout, torch.nn.functional.dropout2d, torch.dropout,
 )  # fmt: skip
 #: Ops whose result may share memory with the operand, in another arrangement.
@@ -108,6 +109,22 @@ def functionalize(graph: Graph, modules: dict[str, nn.Module]) -> set[str]:
             memory.join(node, [written])
             pinned.update(n.name for n in memory.sharing(node))
     return pinned
+
+
+def drop_identities(graph: Graph, modules: dict[str, nn.Module]) -> None:
+    """Removes `nn.Identity` and eval-mode dropout, which give the very tensor that they get."""
+    for node in list(graph.nodes):
+        if node.op != "call_module" or len(node.args) != 1 or node.kwargs:
+            continue
+        module = modules[str(node.target)]
+        if type(module) in IDENTITY_MODULES and not module.training and not is_hooked(module):
+            node.replace_all_uses_with(node.args[0])  # type: ignore[arg-type]
+            graph.erase_node(node)
+
+
+def is_hooked(module: nn.Module) -> bool:
+    """Whether somebody looks at, or may change, what goes in or comes out."""
+    return any((module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks))
 
 
 def _written_operand(node: Node, modules: dict[str, nn.Module]) -> Node | None:

@@ -109,6 +109,8 @@ class _State:
         for candidate in self._candidates(node):
             saved = now[0] + sum(self.seconds[g] for g in candidate.gone) - candidate.seconds
             fewer = now[1] + sum(self._steps(self.recipes[g]) for g in candidate.gone) - candidate.steps
+            if candidate.recipe.convolutions > self._convolutions(node, candidate.gone):
+                continue  # an operator distributed over a sum or a concatenation: more layers, for an addition saved
             tie = abs(saved) <= TOLERANCE * max(now[0], candidate.seconds)
             worth = (0.0, fewer) if tie else (saved, fewer)
             if worth > margin and (saved > 0 or tie):
@@ -118,6 +120,9 @@ class _State:
         if best is not None:
             self.refusals.pop((node, "costs-more"), None)
         return best
+
+    def _convolutions(self, node: str, gone: frozenset[str]) -> int:
+        return sum(self.recipes[n].convolutions for n in (node, *gone))
 
     def _candidates(self, node: str) -> Iterable[_Candidate]:
         anchors = [s for s in self.recipes[node].form.sources if s in self.recipes]
@@ -165,7 +170,7 @@ class _State:
         if fixed is not None:
             self._note_held(node, anchor, *fixed)
             return False
-        if not alone and self.recipes[anchor].carries_weights:
+        if not alone and self.recipes[anchor].convolutions:
             self._note_held(node, anchor, "shared", "other layers read it too, and each would need a copy of its weights")
             return False
         return True
@@ -173,7 +178,7 @@ class _State:
     def _note_held(self, node: str, anchor: str, code: str, reason: str) -> None:
         """A refusal where a merge was in sight: a scale or a batch norm after a convolution that must stay."""
         form = self.recipes[node].form
-        if len(form.sources) == 1 and self.recipes[anchor].carries_weights and all(e.operator is None for e in self.recipes[node].emits):
+        if len(form.sources) == 1 and self.recipes[anchor].convolutions and all(e.operator is None for e in self.recipes[node].emits):
             self._refuse(node, code, f"{anchor} must be computed for itself: {reason}", "")
 
     def _read_only_by(self, anchor: str, node: str, gone: Iterable[str]) -> bool:

@@ -62,7 +62,7 @@ class Rewriter:
         if name in self.plan.decisions:
             self.env[node] = self._decision(node, self.plan.decisions[name])
             return
-        if self._is_settled_assert(node) or self._is_stranded(node):
+        if self._is_settled_assert(node) or self._is_stranded(node) or (name in self.readings.facts.scalars and not node.users):
             return
         if name in self.readings.facts.scalars and any(n not in self.env for n in node.all_input_nodes):
             self.env[node] = self._metadata(node)

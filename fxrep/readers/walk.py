@@ -188,8 +188,26 @@ def _note_number(node: Node, facts: Facts) -> bool:
         return True
     if operands and all(o.name in facts.scalars for o in operands) and node.op == "call_function":
         facts.scalars[node.name] = _number_value(node, facts)
+        if node.target in ASSERTS:
+            _learn_from_assert(node, facts)
         return True
     return False
+
+
+def _learn_from_assert(node: Node, facts: Facts) -> None:
+    """`assert x.ndim == 4` says that only values with four axes are accepted."""
+    condition = node.args[0]
+    if not isinstance(condition, Node) or condition.target is not operator.eq:
+        return
+    axes, number = condition.args
+    if not isinstance(axes, Node) or not isinstance(number, int) or not axes.args or not isinstance(axes.args[0], Node):
+        return
+    value = axes.args[0]
+    reads_rank = axes.target in ("dim", "ndimension") or (axes.target is getattr and axes.args[1] == "ndim")
+    if reads_rank and value.name in facts.shapes.of:
+        facts.shapes.require_rank(facts.shapes.of[value.name], number)
+        rank = facts.shapes.rank(facts.shapes.of[value.name])
+        facts.scalars[axes.name], facts.scalars[condition.name] = rank, rank == number
 
 
 def _reads_metadata(node: Node) -> bool:
