@@ -88,8 +88,9 @@ def _parameter(value: Tensor, folded: Folded) -> nn.Parameter:
 
 
 def scale_of(value: Tensor, folded: Folded, dims: int) -> nn.Parameter:
-    """A per-channel vector as a parameter that broadcasts over the `dims` axes after it."""
-    return nn.Parameter(value.to(folded.like.dtype).reshape(-1, *(1,) * dims), requires_grad=folded.trainable)
+    """A scalar, or a per-channel vector that broadcasts over the `dims` axes after it, as a parameter."""
+    shape = (-1, *(1,) * dims) if value.ndim else ()
+    return nn.Parameter(value.to(folded.like.dtype).reshape(shape), requires_grad=folded.trainable)
 
 
 def _empty_layer(operator: AffineConv) -> nn.Module:

@@ -297,6 +297,9 @@ def _take_from_stack(parts: Sequence[Part], rows: Ints) -> Iterator[Part]:
     """`rows` of a concatenation, cut wherever they cross from one part to another."""
     bounds = _bounds(parts)
     owner = [i for i, p in enumerate(parts) for _ in range(p.channels or 0)]
+    crossings = sum(owner[a] != owner[b] for a, b in pairwise(rows))
+    if crossings > 2 * len(parts):
+        raise Illegal("layout", f"the channels of {len(parts)} concatenated values are interleaved")
     start = 0
     for end in range(1, len(rows) + 1):
         if end == len(rows) or owner[rows[end]] != owner[rows[start]]:

@@ -109,7 +109,7 @@ class _State:
         for candidate in self._candidates(node):
             saved = now[0] + sum(self.seconds[g] for g in candidate.gone) - candidate.seconds
             fewer = now[1] + sum(self._steps(self.recipes[g]) for g in candidate.gone) - candidate.steps
-            if candidate.recipe.convolutions > self._convolutions(node, candidate.gone):
+            if fewer < 0 or candidate.recipe.convolutions > self._convolutions(node, candidate.gone):
                 continue  # an operator distributed over a sum or a concatenation: more layers, for an addition saved
             tie = abs(saved) <= TOLERANCE * max(now[0], candidate.seconds)
             worth = (0.0, fewer) if tie else (saved, fewer)
@@ -143,7 +143,6 @@ class _State:
             try:
                 inner = self.recipes[anchor].form
                 form = form.substitute(anchor, inner)
-                recipe = self._lower(node, form, check=True)
             except Illegal as illegal:
                 blocked.add(anchor)
                 form = self._rebuild(node, absorbed)
@@ -152,6 +151,10 @@ class _State:
             absorbed.append(anchor)
             frontier |= set(inner.sources)
             gone |= {anchor} if self._read_only_by(anchor, node, gone) else set()
+            try:
+                recipe = self._lower(node, form, check=True)
+            except Illegal:
+                continue  # no operator computes this much of the cone; a larger part may be one
             yield _Candidate(recipe, tuple(absorbed), frozenset(gone), self._seconds(node, recipe), self._steps(recipe))
 
     def _rebuild(self, node: str, absorbed: list[str]) -> AffineForm:

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.fx import Graph, GraphModule, Node
 
+from fxrep import kernel as K
 from fxrep import mutation
 from fxrep.errors import Refusal
 from fxrep.fold import Folded, layer_of, pad_arguments, pad_mode, scale_of
@@ -100,6 +101,8 @@ class Rewriter:
 
     def _emit(self, folded: Folded, dims: int, scope: str, replaced: tuple[str, ...]) -> Node:
         x = self._anchor(folded.emit.anchor, dims, scope)
+        if folded.emit.is_pass:
+            return x
         if folded.emit.operator is None:
             return self._scale(folded, x, dims, scope, replaced)
         operator_ = folded.emit.operator
@@ -126,23 +129,20 @@ class Rewriter:
 
     def _scale(self, folded: Folded, x: Node, dims: int, scope: str, replaced: tuple[str, ...]) -> Node:
         """γ·x + β in one operator: addcmul where both are there."""
-        gain, bias = (
-            float(v) if v is not None and not v.ndim else v for v in (folded.weight, folded.bias)
-        )
-        if gain is None and bias is None:
-            return x
-        vectors = {n: scale_of(v, folded, dims) for n, v in (("weight", gain), ("bias", bias)) if isinstance(v, torch.Tensor)}
-        named: dict[str, Any] = {"weight": gain, "bias": bias}
-        if vectors:
-            holder = nn.Module()
-            for name, vector in vectors.items():
-                holder.register_parameter(name, vector)
-            path = self._install(holder, scope, replaced)
-            named |= {n: self.new.get_attr(f"{path}.{n}") for n in vectors}
-        if len(vectors) == 2:
+        gain, bias = folded.weight, folded.bias
+        if bias is None and isinstance(folded.emit.gain, K.Constant):
+            return self._call(operator.mul, (x, folded.emit.gain.value))
+        if gain is None and isinstance(folded.emit.bias, K.Constant):
+            return self._call(operator.add, (x, folded.emit.bias.value))
+        holder = nn.Module()
+        for name, vector in (("weight", gain), ("bias", bias)):
+            if vector is not None:
+                holder.register_parameter(name, scale_of(vector, folded, dims))
+        path = self._install(holder, scope, replaced)
+        named = {name: self.new.get_attr(f"{path}.{name}") for name, _ in holder.named_parameters()}
+        if len(named) == 2:
             return self._call(torch.addcmul, (named["bias"], x, named["weight"]))
-        scaled = x if gain is None else self._call(operator.mul, (x, named["weight"]))
-        return scaled if bias is None else self._call(operator.add, (scaled, named["bias"]))
+        return self._call(operator.mul, (x, named["weight"])) if bias is None else self._call(operator.add, (x, named["bias"]))
 
     def _call(self, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> Node:
         node = self.new.call_function(function, args, kwargs)

@@ -14,7 +14,7 @@ from torch.nn.modules import activation
 from fxrep.errors import Illegal
 from fxrep.readers.convolution import each
 from fxrep.readers.registry import Call, shape_rule
-from fxrep.shapes import Dim, Shape, shifted
+from fxrep.shapes import Axis, Dim, Shape, Size, shifted
 
 ACTIVATIONS = tuple(
     kind for name, kind in vars(activation).items()
@@ -95,10 +95,12 @@ def pooled_shape(at: Call, pool: nn.Module | None = None) -> Shape:
             "input kernel_size stride padding ceil_mode count_include_pad divisor_override",
             stride=None, padding=0, ceil_mode=False, count_include_pad=True, divisor_override=None,
         )  # fmt: skip
-    if ceil or getattr(pool, "return_indices", False):
-        raise Illegal("shape-unknown", "ceil_mode's sizes have no closed form here")
+    if getattr(pool, "return_indices", False):
+        raise Illegal("shape-unknown", "it gives a tuple")
     taps = each(size, dims)
     steps = taps if stride in (None, [], ()) else each(stride, dims)
+    if ceil and any(s != 1 for s in steps):  # such a size has no closed form here: a size of its own, on known axes
+        return _resized(at, x, [Size(Axis(at.node.name, i - dims)) for i in range(dims)])
     spans = [2 * p - d * (k - 1) for p, d, k in zip(each(padding, dims), each(dilation, dims), taps, strict=True)]
     return _resized(at, x, [shifted(_spatial(at, x, i - dims), n - 1 + s, s) for i, (n, s) in enumerate(zip(spans, steps, strict=True))])
 

@@ -12,7 +12,7 @@ from torch.fx import Node
 
 from fxrep.errors import Illegal
 from fxrep.readers.registry import Atom, Call, Layout, shape_rule
-from fxrep.shapes import Dim, Shape, multiplied
+from fxrep.shapes import Axis, Dim, Shape, Size, multiplied
 
 Axes = tuple[tuple[Atom, ...], ...]
 
@@ -111,55 +111,71 @@ def shape_of_contiguous(at: Call) -> Shape:
 
 
 def _reshaped(at: Call, x: Node, sizes: list[Any]) -> Shape:
-    """Matches the sizes against the axes; where that fails the shape may still be known, the axes are not."""
-    if any(isinstance(s, Node) or s is None for s in sizes):
-        return Shape(at.node.name)
-    layout = layout_of(at, x)
+    """Matches the sizes against the axes; where that fails the shape is still known as far as it is written."""
+    told = [s if isinstance(s, (int, Size)) else None for s in sizes]
+    known = None if None in told else _matched(at, x, told)  # type: ignore[arg-type]
+    if known is not None:
+        return known
+    own = [Size(Axis(at.node.name, i - len(told))) for i in range(len(told))]  # the sizes that are not told
+    return Shape(None, tuple(o if t in (None, -1) else t for t, o in zip(told, own, strict=True)))
+
+
+def _matched(at: Call, x: Node, sizes: list[Dim]) -> Shape | None:
+    try:
+        layout = layout_of(at, x)
+    except Illegal:  # the rank is not known: then the sizes may still say the shape
+        return None
     atoms = [a for axis in layout.axes for a in axis]
     hole = sizes.index(-1) if -1 in sizes else len(sizes)
     head, atoms = _match(atoms, sizes[:hole])
-    if head is not None and hole < len(sizes):
-        tail, atoms = _match(atoms[::-1], sizes[:hole:-1], from_end=True)
-        head = None if tail is None else [*head, tuple(atoms), *reversed(tail)]
-    elif atoms:
-        head = None
-    if head is not None:
-        return _view(at, layout.source, tuple(head))
-    unknown = [s if s != -1 else None for s in sizes]
-    return Shape(at.node.name) if None in unknown else Shape(None, tuple(sizes))
+    if head is None:
+        return None
+    if hole == len(sizes):
+        return None if atoms else _view(at, layout.source, tuple(head))
+    tail, atoms = _match(atoms[::-1], sizes[:hole:-1], from_end=True)
+    return None if tail is None else _view(at, layout.source, (*head, tuple(reversed(atoms)), *reversed(tail)))
 
 
 def _match(atoms: list[Atom], sizes: list[Dim], from_end: bool = False) -> tuple[list[tuple[Atom, ...]] | None, list[Atom]]:
-    """Takes atoms from the front for each size in turn, splitting an axis of known size where one must be split."""
-    rest, axes = list(atoms), []
-    for size in sizes:
+    """Takes atoms from the front for each size in turn, splitting an axis where its size is that of several."""
+    rest, axes, todo = list(atoms), [], list(sizes)
+    while todo:
+        size = todo.pop(0)
         taken: list[Atom] = []
-        while multiplied(*(a.size for a in taken)) != size:
+        while (have := multiplied(*(a.size for a in taken))) != size:
             if not rest:
                 return None, atoms
-            have = multiplied(*(a.size for a in taken))
             atom = rest.pop(0)
-            if isinstance(atom.size, int) and isinstance(size, int) and isinstance(have, int) and have * atom.size > size:
-                pieces = _split(atom, size, have, from_end)
-                if pieces is None:
-                    return None, atoms
-                atom, left = pieces
-                rest.insert(0, left)
+            pieces = _split(atom, size, have, from_end) or _split_in(atom, size, have, todo, from_end)
+            if pieces:
+                atom, rest = pieces[0], [*pieces[1:], *rest]
             taken.append(atom)
         axes.append(tuple(reversed(taken)) if from_end else tuple(taken))
     return axes, rest
 
 
-def _split(atom: Atom, size: int, have: int, from_end: bool) -> tuple[Atom, Atom] | None:
-    """The piece of an atom that completes `size`, and what is left of it."""
-    assert isinstance(atom.size, int)
+def _split_in(atom: Atom, size: Dim, have: Dim, following: list[Dim], from_end: bool) -> list[Atom] | None:
+    """An axis of symbolic size as the product of `size` and the sizes that follow."""
+    if have != 1 or atom.size == size or from_end or isinstance(atom.size, int):
+        return None
+    for count in range(1, len(following) + 1):
+        sizes = [size, *following[:count]]
+        if multiplied(*sizes) == atom.size:
+            return [Atom(atom.axis, s, count - i + 1) for i, s in enumerate(sizes)]
+    return None
+
+
+def _split(atom: Atom, size: Dim, have: Dim, from_end: bool) -> list[Atom] | None:
+    """The piece of an axis of known size that completes `size`, and what is left of it."""
+    if not (isinstance(atom.size, int) and isinstance(size, int) and isinstance(have, int)) or have * atom.size <= size:
+        return None
     need, remainder = divmod(size, have)
     if remainder or need == 0 or atom.size % need:
         return None
     left = atom.size // need
     if from_end:
-        return Atom(atom.axis, need, atom.stride), Atom(atom.axis, left, atom.stride * need)
-    return Atom(atom.axis, need, atom.stride * left), Atom(atom.axis, left, atom.stride)
+        return [Atom(atom.axis, need, atom.stride), Atom(atom.axis, left, atom.stride * need)]
+    return [Atom(atom.axis, need, atom.stride * left), Atom(atom.axis, left, atom.stride)]
 
 
 def axes_of(at: Call) -> tuple[Node, Axes]:

@@ -56,7 +56,8 @@ def read_graph(graph: Graph, modules: dict[str, nn.Module], ranks: Mapping[str, 
 
 def _read_node(node: Node, facts: Facts) -> AffineForm | Refusal | None:
     call = Call(node, facts)
-    facts.shapes.of[node.name] = _shape_by_rule(call) or Shape(node.name)
+    call.out_shape = _shape_by_rule(call)
+    facts.shapes.of[node.name] = call.out_shape or Shape(node.name)
     if node.op in ("placeholder", "get_attr"):
         return None
     read, arguments = find(call)
