@@ -2,26 +2,25 @@
 
 from __future__ import annotations
 
-import copy
 import inspect
+import re
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.fx import Graph, GraphModule, Node
 
-from fxrep import fold as folding
 from fxrep.census import census
 from fxrep.certify import certify
 from fxrep.cost import Profile, profile_for
 from fxrep.errors import FxrepError, Illegal, Refusal
-from fxrep.fold import Folded
+from fxrep.fold import Folded, fold
 from fxrep.mutation import drop_identities, functionalize
-from fxrep.plan import Plan, Problem, make_plan
+from fxrep.ownership import Ledger, carry_attributes, own_tensors
+from fxrep.plan import Decision, Plan, Problem, make_plan
 from fxrep.readers import Readings, read_graph
 from fxrep.report import Collapse, Report
-from fxrep.rewrite import Rewriter, is_bypass, settles
+from fxrep.rewrite import Rewriter, is_bypass, scope_of, settles
 from fxrep.trace import Traced, structural_copy, trace
 
 Examples = Tensor | tuple[Any, ...] | list[Any] | Mapping[str, Any] | None
@@ -54,7 +53,7 @@ def reparameterize(
         report = Report(type(model).__name__, (), (outcome,), {}, {}, 0.0, 0.0)
         return _finished(root, root, model, report, inplace)
     prepared = _Prepared(outcome, examples, profile or _profile(model))
-    collapsed, report = prepared.rewrite(type(model).__name__)
+    collapsed, report = prepared.rewrite(type(model).__name__, inplace)
     return _finished(collapsed, root, model, report, inplace)
 
 
@@ -95,39 +94,57 @@ class _Prepared:
                      d.seconds_before - d.seconds_after)
             for d in plan.decisions.values()
         )  # fmt: skip
-        read = [r for r in self.readings.refusals.values() if r.node not in plan.removed]
-        labelled = (Refusal(self._label(r.node), r.code, r.reason, r.hint) for r in (*read, *plan.refusals, *refusals))
+        read = [r for r in self.readings.refusals.values() if self._is_declined(r)]
+        labelled = (self._told(r) for r in (*read, *plan.refusals, *refusals))
         return Report(
             name, collapses, (*self.traced.kept, *labelled), self.before, after or {}, plan.seconds_before, plan.seconds_after
         )
 
-    def rewrite(self, name: str) -> tuple[GraphModule, Report]:
+    def rewrite(self, name: str, inplace: bool = False) -> tuple[GraphModule, Report]:
+        """Folds and certifies every decision, one region at a time, and writes what passed."""
+        ledger = Ledger(self.traced.root, self.nodes, self.modules, self.plan) if inplace else None
         plan, folded, refused = self.plan, {}, []
         for decision in self.plan.decisions.values():
-            try:
-                numbers = {id(e): folding.fold(e) for e in decision.recipe.emits}
-                refusal = certify(decision, numbers, self.nodes, self.readings)
-            except Illegal as illegal:
-                refusal = Refusal(decision.node, illegal.code, illegal.reason, illegal.hint)
-            if refusal is None:
-                folded.update(numbers)
-            else:
-                refused.append(refusal)
+            numbers = self._fold(decision)
+            if isinstance(numbers, Refusal):
+                refused.append(numbers)
                 plan = plan.without(decision.node)
+                if ledger:
+                    ledger.keep(decision)
+                continue
+            cast = [f.cast() for f in numbers]
+            folded |= {id(f.emit): f for f in (ledger.settle(decision, cast) if ledger else cast)}
         rewriter = Rewriter(self.graph, plan, self.readings, self.modules, folded)
         collapsed = rewriter.write(name).eval()
-        after = census(collapsed.graph, dict(collapsed.named_modules()), _numbers(collapsed.graph, self.readings))
+        after = census(collapsed.graph, dict(collapsed.named_modules()), self.readings.facts.scalars)
         return collapsed, self.report(name, plan, tuple(refused), after, rewriter.layers)
 
+    def _fold(self, decision: Decision) -> list[Folded] | Refusal:
+        """The decision's numbers in float64, certified."""
+        try:
+            numbers = [fold(e) for e in decision.recipe.emits]
+        except Illegal as illegal:
+            return Refusal(decision.node, illegal.code, illegal.reason, illegal.hint)
+        refusal = certify(decision, {id(f.emit): f for f in numbers}, self.nodes, self.readings)
+        return refusal or numbers
+
+    def _is_declined(self, refusal: Refusal) -> bool:
+        """Whether a merge was in sight: an op that is affine in other circumstances, on an affine value."""
+        operands = self.nodes[refusal.node].all_input_nodes
+        return refusal.code != "not-affine" and any(o.name in self.readings.forms for o in operands)
+
     def _label(self, name: str) -> str:
-        """The qualified name of a module's call, else the node's name."""
+        """The qualified name of a layer, else of the module whose forward made the node, and the node's name."""
         node = self.nodes.get(name)
-        return str(node.target) if node is not None and node.op == "call_module" else name
+        if node is None or node.op == "call_module":
+            return name if node is None else str(node.target)
+        scope = scope_of(node)
+        return f"{scope}:{name}" if scope else name
 
-
-def _numbers(graph: Graph, readings: Readings) -> dict[str, object]:
-    known = set(readings.facts.scalars)
-    return {n.name: None for n in graph.nodes if n.name in known}
+    def _told(self, refusal: Refusal) -> Refusal:
+        """The refusal in the user's names."""
+        reason = re.sub(r"\w+", lambda m: self._label(m[0]) if m[0] in self.nodes else m[0], refusal.reason)
+        return Refusal(self._label(refusal.node), refusal.code, reason, refusal.hint)
 
 
 def _problem(graph: Graph, readings: Readings, pinned: set[str], examples: dict[str, tuple[int, ...]]) -> Problem:
@@ -186,33 +203,9 @@ def _profile(model: nn.Module) -> Profile:
 def _finished(result: nn.Module, root: nn.Module, model: nn.Module, report: Report, inplace: bool) -> nn.Module:
     """Gives the result tensors of its own, the model's attributes, its hooks and the report."""
     if not inplace:
-        _own_tensors(result, {id(t) for t in (*model.parameters(), *model.buffers())})
+        own_tensors(result, model)
     if isinstance(result, GraphModule):
-        _carry_attributes(root, result)
-        result.meta["_user_preserved_attributes"] = {"report": report}
+        carry_attributes(root, result)
+        result.meta["_user_preserved_attributes"]["report"] = report
     result.report = report  # type: ignore[assignment]
     return result.eval()
-
-
-def _own_tensors(result: nn.Module, theirs: set[int]) -> None:
-    """Copies every tensor that still belongs to the caller's model; tied ones stay tied."""
-    memo: dict[int, Any] = {}
-    for module in result.modules():
-        for store in (module._parameters, module._buffers, vars(module)):
-            for name, tensor in store.items():
-                if isinstance(tensor, Tensor) and id(tensor) in theirs:
-                    store[name] = copy.deepcopy(tensor, memo)
-
-
-def _carry_attributes(root: nn.Module, result: GraphModule) -> None:
-    """`default_cfg`, `names`, `stride`, … and the root's own hooks."""
-    plain = vars(nn.Module())
-    for name, attribute in vars(root).items():
-        if name not in plain and not hasattr(result, name) and not isinstance(attribute, (Tensor, nn.Module)):
-            setattr(result, name, attribute)
-    for name in ("_forward_hooks", "_forward_pre_hooks", "_forward_hooks_with_kwargs", "_forward_pre_hooks_with_kwargs"):
-        vars(result)[name].update(vars(root)[name])
-
-
-__all__ = ["explain", "reparameterize"]
-_ = torch  # the package's one heavy import

@@ -67,3 +67,17 @@ def kind_of(taps: int, dims: int, groups: int, in_channels: int) -> str:
     if groups == 1:
         return "pointwise" if taps == 1 else "dense"
     return "depthwise" if groups == in_channels else "grouped"
+
+
+def duration(seconds: float) -> str:
+    """Three digits and a unit: 1.2e-05 -> '12.0 µs'."""
+    unit, size = next(((u, s) for u, s in _UNITS if abs(seconds) >= s), _UNITS[-1])
+    value = seconds / size
+    return f"{value:.{_decimals(value)}f} {unit}"
+
+
+_UNITS = (("s", 1.0), ("ms", 1e-3), ("µs", 1e-6))
+
+
+def _decimals(value: float) -> int:
+    return 2 if abs(value) < 10 else 1 if abs(value) < 100 else 0

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -14,8 +14,7 @@ from fxrep import kernel as K
 from fxrep.affine import AffineConv
 from fxrep.errors import Illegal
 from fxrep.form import Anchor
-from fxrep.kernel import Kernel
-from fxrep.lower import Emit, Recipe, is_same, needs_explicit_pad
+from fxrep.lower import Emit, Recipe, needs_explicit_pad
 
 CONV_LAYERS: dict[tuple[int, bool], type[nn.Module]] = {
     (1, False): nn.Conv1d, (2, False): nn.Conv2d, (3, False): nn.Conv3d,
@@ -25,33 +24,54 @@ CONVOLVE = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 CONVOLVE_TRANSPOSED = {1: F.conv_transpose1d, 2: F.conv_transpose2d, 3: F.conv_transpose3d}
 
 
+@dataclass(frozen=True)
+class Like:
+    """What the new tensors should be like: those that they replace."""
+
+    dtype: torch.dtype
+    device: torch.device
+    channels_last: bool
+    trainable: bool
+
+
 @dataclass(frozen=True, eq=False)
 class Folded:
-    """An emit with its numbers: `weight` in the layout of its torch layer, or a scale; all in float64."""
+    """An emit with its numbers: `weight` in the layout of its torch layer, or a scale; float64 until `cast`."""
 
     emit: Emit
     weight: Tensor | None
     bias: Tensor | None
     fill: float
-    like: Tensor
-    trainable: bool
+    like: Like
+
+    def cast(self) -> Folded:
+        """The numbers in their final dtype: the one rounding of a fold."""
+        weight, bias = (None if t is None else t.to(self.like.dtype) for t in (self.weight, self.bias))
+        if weight is not None and weight.ndim == 4 and self.like.channels_last:
+            weight = weight.contiguous(memory_format=torch.channels_last)
+        return replace(self, weight=weight, bias=bias)
 
 
 def fold(emit: Emit) -> Folded:
     """Evaluates the emit's kernels. Raises Illegal where its parameters live on several devices."""
     weight = emit.gain if emit.operator is None else emit.operator.weight
     bias = emit.bias if emit.operator is None else emit.operator.bias
-    found = list(K.leaves(weight, bias))
-    devices = {leaf.tensor.device for leaf in found}
-    if len(devices) > 1:
-        raise Illegal("device-mismatch", f"the parameters live on {', '.join(sorted(map(str, devices)))}")
-    like = max((leaf.tensor for leaf in found), key=lambda t: t.ndim, default=torch.zeros(()))
+    like = _like([leaf.tensor for leaf in K.leaves(weight, bias)])
     with torch.no_grad():
         w, b = (None if k is None else K.evaluate(k).to(like.device) for k in (weight, bias))
         if w is not None and emit.operator is not None and emit.operator.transposed:
             w = _columns_first(w, emit.operator.groups)
     fill = emit.operator.fill.value if emit.operator and isinstance(emit.operator.fill, K.Constant) else 0.0
-    return Folded(emit, w, b, fill, like, any(leaf.tensor.requires_grad for leaf in found))
+    return Folded(emit, w, b, fill, like)
+
+
+def _like(tensors: list[Tensor]) -> Like:
+    devices = {t.device for t in tensors}
+    if len(devices) > 1:
+        raise Illegal("device-mismatch", f"the parameters live on {', '.join(sorted(map(str, devices)))}")
+    first = max(tensors, key=lambda t: t.ndim, default=torch.zeros(()))  # the convolution's weight, if there is one
+    last = first.ndim == 4 and first.is_contiguous(memory_format=torch.channels_last) and not first.is_contiguous()
+    return Like(first.dtype, first.device, last, any(t.requires_grad for t in tensors))
 
 
 def _columns_first(weight: Tensor, groups: int) -> Tensor:
@@ -80,17 +100,12 @@ def layer_of(folded: Folded) -> nn.Module:
 
 
 def _parameter(value: Tensor, folded: Folded) -> nn.Parameter:
-    cast = value.to(folded.like.dtype)
-    if folded.like.ndim == cast.ndim == 4 and folded.like.is_contiguous(memory_format=torch.channels_last):
-        if not folded.like.is_contiguous():
-            cast = cast.contiguous(memory_format=torch.channels_last)
-    return nn.Parameter(cast, requires_grad=folded.trainable)
+    return nn.Parameter(value, requires_grad=folded.like.trainable)
 
 
 def scale_of(value: Tensor, folded: Folded, dims: int) -> nn.Parameter:
     """A scalar, or a per-channel vector that broadcasts over the `dims` axes after it, as a parameter."""
-    shape = (-1, *(1,) * dims) if value.ndim else ()
-    return nn.Parameter(value.to(folded.like.dtype).reshape(shape), requires_grad=folded.trainable)
+    return _parameter(value.reshape((-1, *(1,) * dims) if value.ndim else ()), folded)
 
 
 def _empty_layer(operator: AffineConv) -> nn.Module:
@@ -147,6 +162,3 @@ def _run_operator(operator: AffineConv, folded: Folded, x: Tensor) -> Tensor:
         mode = pad_mode(operator)
         x = F.pad(x, pad_arguments(operator), mode, folded.fill if mode == "constant" else None)
     return CONVOLVE[operator.dims](x, weight, bias, operator.stride, 0, operator.dilation, operator.groups)
-
-
-__all__ = ["Folded", "Kernel", "fold", "is_same", "layer_of", "pad_arguments", "pad_mode", "run", "scale_of"]

@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 
-from fxrep.cost import Profile
+from fxrep.cost import Profile, duration
 from fxrep.errors import Illegal, Refusal
 from fxrep.form import AffineForm
 from fxrep.lower import Pricer, Recipe, Sizes, lower
@@ -180,9 +180,9 @@ class _State:
 
     def _note_held(self, node: str, anchor: str, code: str, reason: str) -> None:
         """A refusal where a merge was in sight: a scale or a batch norm after a convolution that must stay."""
-        form = self.recipes[node].form
-        if len(form.sources) == 1 and self.recipes[anchor].convolutions and all(e.operator is None for e in self.recipes[node].emits):
-            self._refuse(node, code, f"{anchor} must be computed for itself: {reason}", "")
+        scales = not self.recipes[node].convolutions
+        if scales and self.recipes[node].form.sources == (anchor,) and self.recipes[anchor].convolutions:
+            self._refuse(node, code, f"{anchor} must be computed for itself: {reason}")
 
     def _read_only_by(self, anchor: str, node: str, gone: Iterable[str]) -> bool:
         return anchor not in self.problem.fixed and self.readers.get(anchor, set()) <= {node, *gone}
@@ -202,10 +202,9 @@ class _State:
             self.readers.setdefault(source, set()).add(node)
 
     def _decline(self, node: str, candidate: _Candidate, extra: float) -> None:
-        self._refuse(
-            node, "costs-more",
-            f"{candidate.recipe.describe()} is predicted {extra * 1e6:.1f} µs slower than its {len(candidate.absorbed) + 1} parts",
-        )  # fmt: skip
+        whole, parts = candidate.seconds, candidate.seconds - extra
+        fact = f"as one {candidate.recipe.describe()} it is predicted to take {duration(whole)}, apart {duration(parts)}"
+        self._refuse(node, "costs-more", fact)
 
     def _refuse(self, node: str, code: str, reason: str, hint: str = "") -> None:
         self.refusals.setdefault((node, code), Refusal(node, code, reason, hint))
@@ -238,6 +237,6 @@ class _State:
             )
             for node, inlined in self.inlined.items() if node not in self.removed
         }  # fmt: skip
-        refusals = tuple(r for r in self.refusals.values() if r.node not in self.removed and r.code != "costs-more" or r.node not in decisions)
+        refusals = tuple(r for r in self.refusals.values() if r.node not in self.removed)
         after = sum(s for n, s in self.seconds.items() if n not in self.removed)
         return Plan(decisions, frozenset(self.removed), refusals, sum(self.original.values()), after)

@@ -11,6 +11,7 @@ from typing import Any
 
 from tabulate import tabulate
 
+from fxrep.cost import duration
 from fxrep.errors import Refusal
 
 SCHEMA = 1
@@ -113,14 +114,6 @@ class Report:
         return [f"{_count(len(self.refusals), 'refusal')}:\n" + "\n".join(lines)]
 
 
-def duration(seconds: float) -> str:
-    """Three digits and a unit: 1.2e-05 -> '12.0 µs'."""
-    unit, size = next(((u, s) for u, s in _UNITS if abs(seconds) >= s), _UNITS[-1])
-    value = seconds / size
-    return f"{value:.{_decimals(value)}f} {unit}"
-
-
-_UNITS = (("s", 1.0), ("ms", 1e-3), ("µs", 1e-6))
 _COLLAPSE_HEADERS = ("new layer", "became", "replaces", "saves")
 _COLLAPSE_ALIGN = ("left", "left", "left", "right")
 _HOW_TO_SEE_ALL = "print(report.text(full=True)), or --full on the command line"
@@ -164,10 +157,6 @@ def _sentence(text: str) -> str:
 
 def _count(number: int, noun: str) -> str:
     return f"{number} {noun}{'' if number == 1 else 's'}"
-
-
-def _decimals(value: float) -> int:
-    return 2 if abs(value) < 10 else 1 if abs(value) < 100 else 0
 
 
 def _html_section(number: int, noun: str, headers: Sequence[str], rows: Sequence[tuple[str, ...]]) -> list[str]:

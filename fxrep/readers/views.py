@@ -182,7 +182,7 @@ def axes_of(at: Call) -> tuple[Node, Axes]:
     """The source and the axes of the view that this node is. Raises Illegal where they are not known."""
     layout = at.facts.layouts.get(at.node.name)
     if layout is None:
-        raise Illegal("shape-unknown", "its sizes do not say which axes it merges and splits")
+        raise Illegal("not-affine", "its sizes do not say which axes it merges and splits")
     return layout.source, layout.axes
 
 
@@ -201,10 +201,10 @@ def channel_permutation(at: Call, source: Node, axes: Axes) -> tuple[int, tuple[
     whole = layout_of(at, source).axes
     changed = [i for i, (a, b) in enumerate(zip(axes, whole, strict=False)) if a != b]
     if len(axes) != len(whole) or len(changed) != 1 or len({a.axis for a in axes[changed[0]]}) != 1:
-        raise Illegal("layout", "the view moves or merges axes")
+        raise Illegal("not-affine", "the view moves or merges axes")
     atoms = axes[changed[0]]
     sizes = [a.size for a in atoms if isinstance(a.size, int)]
     if len(sizes) != len(atoms) or prod(sizes) != at.dim(source, changed[0] - len(whole)):
-        raise Illegal("shape-unknown", "the sizes that the view permutes are not known")
+        raise Illegal("not-affine", "the sizes that the view permutes are not known")
     ranges = [range(0, s * a.stride, a.stride) for s, a in zip(sizes, atoms, strict=True)]
     return len(whole) - 1 - changed[0], tuple(sum(p) for p in product(*ranges))
