@@ -51,6 +51,8 @@ class AffineConv:
         assert self.weight.shape[0] % self.groups == 0
         if self.transposed and self.is_one_tap and not self.moves:
             object.__setattr__(self, "transposed", False)  # the transpose of a pointwise operator is pointwise
+        if self.fill is not None and not self.pads:
+            object.__setattr__(self, "fill", None)  # nothing is inserted
 
     @property
     def dims(self) -> int:
@@ -108,6 +110,7 @@ class AffineConv:
         """Like `Conv2d(64, 64, k3x3 s1 p1)`, with what is not at its default."""
         if not self.dims:
             return f"Linear({self.in_channels}, {self.out_channels})"
+
         def text(values: Ints) -> str:
             return str(values[0]) if len(set(values)) == 1 else "x".join(map(str, values))
 
@@ -150,7 +153,9 @@ class AffineConv:
         width = self.in_channels // self.groups
         columns = tuple(c for g in groups for c in range(g * width, (g + 1) * width))
         weight = K.Dirac((len(rows), *self.weight.shape[1:])) if self.is_identity else K.take(self.weight, rows)
-        taken = replace(self, weight=weight, bias=_take(self.bias, rows), groups=len(groups), fill=_take(self.fill, columns))
+        taken = replace(
+            self, weight=weight, bias=_take(self.bias, rows), groups=len(groups), fill=_take(self.fill, columns)
+        )
         return taken, columns
 
     def columns(self, start: int, stop: int) -> AffineConv:
@@ -161,8 +166,10 @@ class AffineConv:
 
     def outside(self) -> Kernel | None:
         """What a one-tap operator gives beyond its input: its own padding value through the tap, plus its bias."""
-        through = None if self.fill is None or not self.pads else K.Contract(
-            (self.out_channels,), self.weight, self.fill, self.groups
+        through = (
+            None
+            if self.fill is None or not self.pads
+            else K.Contract((self.out_channels,), self.weight, self.fill, self.groups)
         )
         return K.total(through, self.bias)
 
@@ -224,18 +231,22 @@ def compose_weights(outer: AffineConv, inner: AffineConv) -> AffineConv:
 
 def _composed_kernel(outer: AffineConv, inner: AffineConv) -> Kernel:
     if outer.is_diagonal:
-        return K.ScaleRows(inner.weight.shape, inner.weight, _diagonal_of(outer))
+        return K.ScaleRows(inner.weight.shape, inner.weight, diagonal_of(outer))
     if inner.is_diagonal:
-        return K.ScaleColumns(outer.weight.shape, outer.weight, _diagonal_of(inner), outer.groups)
+        gain = K.spread(diagonal_of(inner), inner.out_channels)
+        return K.ScaleColumns(outer.weight.shape, outer.weight, gain, outer.groups)
     groups = gcd(outer.groups, inner.groups)
     grids = _grids(outer, inner)
-    taps = tuple(s1 * (k1 - 1) + s2 * (k2 - 1) + 1 for (_, s2, s1), k2, k1 in zip(grids, outer.taps, inner.taps, strict=True))
+    taps = tuple(
+        s1 * (k1 - 1) + s2 * (k2 - 1) + 1 for (_, s2, s1), k2, k1 in zip(grids, outer.taps, inner.taps, strict=True)
+    )
     shape = (outer.out_channels, inner.in_channels // groups, *taps)
     w2, w1 = outer.regrouped(groups).weight, inner.regrouped(groups).weight
     return K.Compose(shape, w2, w1, groups, tuple(g[1] for g in grids), tuple(g[2] for g in grids))
 
 
-def _diagonal_of(operator: AffineConv) -> Kernel:
+def diagonal_of(operator: AffineConv) -> Kernel:
+    """The vector γ (or the scalar) of an operator that is diagonal."""
     weight = operator.weight
     if isinstance(weight, K.ScaleRows) and isinstance(weight.weight, K.Dirac):
         return weight.gain
@@ -269,6 +280,8 @@ def check_geometry(outer: AffineConv, inner: AffineConv) -> None:
         return
     if outer.pads and inner.pads and inner.mode != "zeros":
         raise Illegal("padding-mode", f"zero padding over {inner.mode} padding")
+    if inner.pads and inner.mode == "circular" and any(p < 0 for p in outer.pad_lo + outer.pad_hi):
+        raise Illegal("padding-mode", "circular padding wraps around before the crop that follows it")
     for axis in range(outer.dims):
         _check_padded_axis(outer, inner, axis)
 
@@ -280,7 +293,9 @@ def _check_reflection(outer: AffineConv, inner: AffineConv) -> None:
     for axis in range(outer.dims):
         still = inner.taps[axis] == inner.stride[axis] == 1 and not inner.pad_lo[axis] and not inner.pad_hi[axis]
         if max(outer.pad_lo[axis], outer.pad_hi[axis]) > 0 and not still:
-            raise Illegal("padding-mode", f"{outer.mode} padding does not commute with the {inner.describe()} before it")
+            raise Illegal(
+                "padding-mode", f"{outer.mode} padding does not commute with the {inner.describe()} before it"
+            )
 
 
 def _check_padded_axis(outer: AffineConv, inner: AffineConv, axis: int) -> None:
@@ -299,7 +314,9 @@ def _check_padded_axis(outer: AffineConv, inner: AffineConv, axis: int) -> None:
 def check_outside(outer: AffineConv, outside: Kernel | None) -> None:
     """Raises Illegal unless `outer` pads with just what lies beyond its input (None: zero), or does not pad."""
     if outer.transposed and outside is not None:
-        raise Illegal("pads-over-bias", "a transposed convolution sums a varying number of copies of the bias before it")
+        raise Illegal(
+            "pads-over-bias", "a transposed convolution sums a varying number of copies of the bias before it"
+        )
     if not outer.pads or outer.mode != "zeros" or same_vector(outer.fill, outside, outer.in_channels):
         return
     bound = 0.0 if outside is None else float(K.evaluate(outside).abs().max())
@@ -317,7 +334,7 @@ def same_vector(a: Kernel | None, b: Kernel | None, length: int) -> bool:
         return True
     zeros = torch.zeros(length, dtype=torch.float64)
     values = [zeros if v is None else K.evaluate(K.spread(v, length)).cpu() for v in (a, b)]
-    return bool(torch.allclose(*values, rtol=1e-9, atol=1e-12))
+    return torch.allclose(values[0], values[1], rtol=1e-9, atol=1e-12)
 
 
 def add(a: AffineConv, b: AffineConv) -> AffineConv:
@@ -329,10 +346,10 @@ def add(a: AffineConv, b: AffineConv) -> AffineConv:
         raise Illegal("broadcast", f"{a.describe()} is added to {b.describe()}")
     _check_alignable(a, b)
     groups = gcd(a.groups, b.groups)
+    padding = _padding_of(a, b)
     a, b = (_on_common_window(x, a, b) for x in (a.regrouped(groups), b.regrouped(groups)))
-    padded = b if b.pads and not a.pads else a
     weight = K.Sum(a.weight.shape, (a.weight, b.weight))
-    return replace(padded, weight=weight, bias=K.total(a.bias, b.bias))
+    return replace(a, weight=weight, bias=K.total(a.bias, b.bias), mode=padding.mode, fill=padding.fill)
 
 
 def stack(a: AffineConv, b: AffineConv, same_input: bool) -> AffineConv:
@@ -345,12 +362,18 @@ def stack(a: AffineConv, b: AffineConv, same_input: bool) -> AffineConv:
     elif (a.weight.shape[1], a.out_channels * b.groups) != (b.weight.shape[1], b.out_channels * a.groups):
         raise Illegal("broadcast", f"{a.describe()} has other groups than {b.describe()}")
     groups = 1 if same_input else a.groups + b.groups
+    padding = _padding_of(a, b)
     a, b = (_on_common_window(x, a, b) for x in (a, b))
-    padded = b if b.pads and not a.pads else a
-    fill = padded.fill
+    fill = padding.fill
     if fill is not None and not same_input:
         fill = K.stack([K.spread(fill, x.in_channels) for x in (a, b)])
-    return replace(padded, weight=K.stack([a.weight, b.weight]), groups=groups, bias=None, fill=fill)
+    weight = K.stack([a.weight, b.weight])
+    return replace(a, weight=weight, groups=groups, bias=None, mode=padding.mode, fill=fill)
+
+
+def _padding_of(a: AffineConv, b: AffineConv) -> AffineConv:
+    """Whose padding holds for both: one that pads nothing reads none of what the other inserts."""
+    return b if b.pads and not a.pads else a
 
 
 def _on_common_window(x: AffineConv, a: AffineConv, b: AffineConv) -> AffineConv:

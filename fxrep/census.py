@@ -12,6 +12,9 @@ from torch.fx import Graph, Node
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 
+from fxrep.lower import Recipe
+from fxrep.plan import Plan
+
 MODULES: dict[str, tuple[type[nn.Module], ...]] = {
     "conv": (_ConvNd,),
     "linear": (nn.Linear,),
@@ -22,14 +25,20 @@ FUNCTIONS: dict[str, frozenset[object]] = {
     "conv": frozenset({F.conv1d, F.conv2d, F.conv3d, F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d}),
     "linear": frozenset({F.linear}),
     "bn": frozenset({F.batch_norm}),
-    "add": frozenset({operator.add, operator.iadd, torch.add, "add", "add_", operator.sub, operator.isub, torch.sub, "sub"}),
-    "mul": frozenset({operator.mul, operator.imul, torch.mul, "mul", "mul_", operator.truediv, torch.div, torch.addcmul}),
+    "add": frozenset(
+        {operator.add, operator.iadd, torch.add, "add", "add_", operator.sub, operator.isub, torch.sub, "sub"}
+    ),
+    "mul": frozenset(
+        {operator.mul, operator.imul, torch.mul, "mul", "mul_", operator.truediv, torch.div, torch.addcmul}
+    ),
     "pool": frozenset({F.avg_pool1d, F.avg_pool2d, F.avg_pool3d, F.max_pool1d, F.max_pool2d, F.max_pool3d}),
 }
 KINDS = ("conv", "linear", "bn", "add", "mul", "pool")
 
 
-def census(graph: Graph, modules: Mapping[str, nn.Module], numbers: Mapping[str, object] | None = None) -> dict[str, int]:
+def census(
+    graph: Graph, modules: Mapping[str, nn.Module], numbers: Mapping[str, object] | None = None
+) -> dict[str, int]:
     """Calls by kind; `numbers` names nodes that compute sizes, whose additions are none of the network's."""
     counts = dict.fromkeys(KINDS, 0)
     for node in graph.nodes:
@@ -37,6 +46,27 @@ def census(graph: Graph, modules: Mapping[str, nn.Module], numbers: Mapping[str,
             for kind in _kinds(node, modules):
                 counts[kind] += 1
     return counts
+
+
+def planned(
+    graph: Graph, modules: Mapping[str, nn.Module], plan: Plan, numbers: Mapping[str, object]
+) -> dict[str, int]:
+    """The census that the graph will have once the plan is carried out."""
+    counts = dict.fromkeys(KINDS, 0)
+    for node in graph.nodes:
+        if node.name in plan.decisions:
+            for kind in _recipe_kinds(plan.decisions[node.name].recipe):
+                counts[kind] += 1
+        elif node.name not in plan.removed and node.name not in numbers:
+            for kind in _kinds(node, modules):
+                counts[kind] += 1
+    return counts
+
+
+def _recipe_kinds(recipe: Recipe) -> list[str]:
+    layer = "conv" if recipe.dims else "linear"
+    terms = [layer if e.operator else "mul" if e.gain is not None else "add" for e in recipe.emits if not e.is_pass]
+    return terms + ["add" for part in recipe.parts for _ in part[1:]]
 
 
 def _kinds(node: Node, modules: Mapping[str, nn.Module]) -> list[str]:

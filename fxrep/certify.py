@@ -21,22 +21,34 @@ TOLERANCE = 1e-8  # relative to the largest output, in float64: some 1e7 units o
 SEED = 0x5EED
 
 
-def certify(decision: Decision, folded: Mapping[int, Folded], nodes: Mapping[str, Node], readings: Readings) -> Refusal | None:
+def certify(
+    decision: Decision, folded: Mapping[int, Folded], nodes: Mapping[str, Node], readings: Readings
+) -> Refusal | None:
     """None if the fold gives what its sub-graph gives, on random data with border pixels, at two sizes."""
     for extra in (0, 1):
-        try:
-            anchors = _random_anchors(decision, readings, extra, _device(folded))
-            with torch.no_grad():
-                expected = _Interpreter(nodes, readings, anchors).value(nodes[decision.node])
-                got = run(decision.recipe, folded, lambda a: _rows(anchors[a.source], a, decision.recipe.dims or 0))
-        except Exception as error:  # any failure to run it means that it is not certified
-            return _failed(decision, f"could not be run: {type(error).__name__}: {' '.join(str(error).split())[:160]}")
-        if got.shape != expected.shape:
-            return _failed(decision, f"gives the shape {tuple(got.shape)}, not {tuple(expected.shape)}")
-        error_, scale = (got - expected).abs().max(), expected.abs().max()
-        if not error_ <= TOLERANCE * (scale + _spread(anchors)):
-            return _failed(decision, f"differs by {error_:.2g} where the values are up to {scale:.2g}")
+        fact = _difference(decision, folded, nodes, readings, extra)
+        if fact is not None:
+            return _failed(decision, fact)
     return None
+
+
+@torch.no_grad()
+def _difference(
+    decision: Decision, folded: Mapping[int, Folded], nodes: Mapping[str, Node], readings: Readings, extra: int
+) -> str | None:
+    """How the fold differs from its sub-graph on maps that are `extra` larger than the least, or None."""
+    try:
+        anchors = _random_anchors(decision, readings, extra, _device(folded))
+        expected = _Interpreter(nodes, readings, anchors).value(nodes[decision.node])
+        got = run(decision.recipe, folded, lambda a: _rows(anchors[a.source], a, decision.recipe.dims or 0))
+    except Exception as error:  # any failure to run it means that it is not certified
+        return f"could not be run: {type(error).__name__}: {' '.join(str(error).split())[:160]}"
+    if got.shape != expected.shape:
+        return f"gives the shape {tuple(got.shape)}, not {tuple(expected.shape)}"
+    distance, scale = (got - expected).abs().max(), expected.abs().max()
+    if distance <= TOLERANCE * (scale + _spread(anchors)):
+        return None
+    return f"differs by {distance:.2g} where the values are up to {scale:.2g}"
 
 
 def _failed(decision: Decision, fact: str) -> Refusal:
@@ -70,7 +82,9 @@ def _random_anchors(decision: Decision, readings: Readings, extra: int, device: 
     sizes = _axis_sizes(list(shapes.values()), readings, dims, least)
     values = {}
     for source, shape in shapes.items():
-        channels = next((a.operator.in_channels for a in decision.recipe.emits if a.operator and a.anchor == Anchor(source)), 3)
+        channels = next(
+            (a.operator.in_channels for a in decision.recipe.emits if a.operator and a.anchor == Anchor(source)), 3
+        )
         concrete = _concrete(shape, readings, sizes, dims, channels)
         values[source] = torch.randn(concrete, generator=generator, dtype=torch.float64).to(device)
     return values
@@ -96,7 +110,7 @@ def _concrete(shape: Shape, readings: Readings, sizes: dict[Axis, int], dims: in
     numbers = []
     for i in range(-rank, 0):
         dim: Dim | None = known.dim(shape, i)
-        if dim is None or (isinstance(dim, type(dim)) and not isinstance(dim, int) and i == -dims - 1):
+        if dim is None or (not isinstance(dim, int) and i == -dims - 1):
             numbers.append(channels)
         else:
             numbers.append(max(known.evaluate(dim, lambda axis: sizes.get(axis, 2)), 1))

@@ -1,4 +1,4 @@
-"""What an operator costs: a roofline over shapes, `max(MACs / peak, bytes / bandwidth) + launch`. Pure; no weights, no fx."""
+"""What an operator costs: a roofline over shapes, `max(MACs / peak, bytes / bandwidth) + launch`. Pure."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ BYTES = 4  # per element: float32; only ratios matter
 
 @dataclass(frozen=True)
 class Profile:
-    """What a device does: multiply-adds per second by kind of kernel, bytes per second, seconds to start an operator."""
+    """What a device does: multiply-adds per second by kind of kernel, bytes per second, seconds to start an op."""
 
     name: str
     peak: Mapping[str, float]

@@ -45,7 +45,7 @@ def _check_code(code: str) -> None:
         raise ValueError(f"unknown refusal code {code!r}; the codes are: {', '.join(sorted(CODES))}")
 
 
-class Illegal(Exception):  # noqa: N818 - it is an answer of the algebra, not an error of the user
+class Illegal(Exception):
     """An operation of the algebra that would not be equal; carries a code of `CODES`, the reason and a way out."""
 
     def __init__(self, code: str, reason: str, hint: str = "") -> None:

@@ -58,11 +58,17 @@ def fold(emit: Emit) -> Folded:
     bias = emit.bias if emit.operator is None else emit.operator.bias
     like = _like([leaf.tensor for leaf in K.leaves(weight, bias)])
     with torch.no_grad():
-        w, b = (None if k is None else K.evaluate(k).to(like.device) for k in (weight, bias))
+        w, b = (None if k is None else _own(K.evaluate(k).to(like.device), k) for k in (weight, bias))
         if w is not None and emit.operator is not None and emit.operator.transposed:
             w = _columns_first(w, emit.operator.groups)
     fill = emit.operator.fill.value if emit.operator and isinstance(emit.operator.fill, K.Constant) else 0.0
     return Folded(emit, w, b, fill, like)
+
+
+def _own(value: Tensor, kernel: K.Kernel) -> Tensor:
+    """A copy where the value is only another view of a parameter."""
+    storages = {leaf.tensor.untyped_storage().data_ptr() for leaf in K.leaves(kernel)}
+    return value.clone() if value.untyped_storage().data_ptr() in storages else value
 
 
 def _like(tensors: list[Tensor]) -> Like:
@@ -95,7 +101,7 @@ def layer_of(folded: Folded) -> nn.Module:
     assert operator is not None and folded.weight is not None
     layer = _empty_layer(operator)
     layer.weight = _parameter(folded.weight, folded)
-    layer.bias = None if folded.bias is None else _parameter(folded.bias, folded)
+    layer.register_parameter("bias", None if folded.bias is None else _parameter(folded.bias, folded))
     return layer.eval()
 
 

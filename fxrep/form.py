@@ -107,7 +107,7 @@ class AffineForm:
         if not (self.aligned or operator.is_pointwise):
             raise Illegal("broadcast", f"{operator.describe()} follows a sum whose terms may differ in size")
         if len(self.parts) == 1:
-            parts = (_apply(operator, self.parts[0]),)
+            parts: tuple[Part, ...] = (_apply(operator, self.parts[0]),)
         else:
             parts = _apply_to_stack(operator, self.parts)
         return replace(self, parts=parts, dims=dims)
@@ -309,7 +309,7 @@ def _take_from_stack(parts: Sequence[Part], rows: Ints) -> Iterator[Part]:
 
 
 def _stack_two(p: Part, q: Part, dims: int) -> Part:
-    """Two parts, each of one term, as one: rows on the same anchor, or groups on neighbouring channels of one source."""
+    """Two parts, each of one term, as one: rows on the same anchor, or groups on other channels of one source."""
     if len(p.terms) != 1 or len(q.terms) != 1 or p.channels is None or q.channels is None:
         raise Illegal("broadcast", "several anchors cannot be stacked into one operator")
     ((a, s), (b, t)) = (*p.terms.items(), *q.terms.items())
@@ -326,5 +326,7 @@ def _stack_two(p: Part, q: Part, dims: int) -> Part:
     bias = None
     if p.bias is not None or q.bias is not None:
         zeros = [K.Constant((n,), 0.0) for n in (p.channels, q.channels)]
-        bias = K.stack([K.spread(r.bias or z, n) for r, z, n in zip((p, q), zeros, (p.channels, q.channels), strict=True)])
+        bias = K.stack(
+            [K.spread(r.bias or z, n) for r, z, n in zip((p, q), zeros, (p.channels, q.channels), strict=True)]
+        )
     return Part({anchor: term}, bias, width)

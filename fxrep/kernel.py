@@ -72,7 +72,7 @@ class Map(Kernel):
 
 @dataclass(frozen=True, eq=False)
 class Dirac(Kernel):
-    """The identity of a depthwise one-tap operator, or with `groups` < channels its denser form: W[c, c mod I/g] = 1."""
+    """The identity of a depthwise one-tap operator, or with fewer groups its denser form: W[c, c mod I/g] = 1."""
 
     def _compute(self, *values: Tensor) -> Tensor:
         eye = torch.zeros(self.shape)
@@ -131,9 +131,7 @@ class Place(Kernel):
         (weight,) = values
         window = weight.new_zeros(self.shape)
         taps = weight.shape[2:]
-        region = tuple(
-            slice(o, o + s * (k - 1) + 1, s) for o, s, k in zip(self.offset, self.step, taps, strict=True)
-        )
+        region = tuple(slice(o, o + s * (k - 1) + 1, s) for o, s, k in zip(self.offset, self.step, taps, strict=True))
         window[(slice(None), slice(None), *region)] = weight
         return window
 

@@ -9,7 +9,7 @@ from math import prod
 
 from fxrep import form as forms
 from fxrep import kernel as K
-from fxrep.affine import AffineConv
+from fxrep.affine import AffineConv, diagonal_of
 from fxrep.cost import Profile, Work, kind_of
 from fxrep.errors import Illegal
 from fxrep.form import AffineForm, Anchor, Gain, Part, Term
@@ -96,7 +96,7 @@ def _emit(anchor: Anchor, term: Term) -> Emit:
     if term.is_identity:
         return Emit(anchor)
     if term.is_diagonal:
-        return Emit(anchor, gain=diagonal_gain(term))
+        return Emit(anchor, gain=diagonal_of(term))
     if term.pads and term.fill is not None and not isinstance(term.fill, K.Constant):
         raise Illegal("pad-value", "the padding value differs from channel to channel, which no layer offers")
     if term.transposed and not all(0 <= lo - hi < max(s, d) for lo, hi, s, d in _output_paddings(term)):
@@ -106,14 +106,6 @@ def _emit(anchor: Anchor, term: Term) -> Emit:
 
 def _output_paddings(term: AffineConv) -> Iterator[tuple[int, int, int, int]]:
     return zip(term.pad_lo, term.pad_hi, term.stride, term.dilation, strict=True)
-
-
-def diagonal_gain(term: AffineConv) -> Kernel:
-    return K.Map((term.out_channels,), _flatten, (term.weight,))
-
-
-def _flatten(weight: K.Tensor) -> K.Tensor:
-    return weight.flatten()
 
 
 def _with_bias(emit: Emit, bias: Kernel) -> Emit:
@@ -127,7 +119,11 @@ def needs_explicit_pad(operator: AffineConv) -> bool:
     if operator.transposed:
         return False
     crops = any(p < 0 for p in operator.pad_lo + operator.pad_hi)
-    return crops or (operator.pads and operator.fill is not None) or not (operator.pad_lo == operator.pad_hi or is_same(operator))
+    return (
+        crops
+        or (operator.pads and operator.fill is not None)
+        or not (operator.pad_lo == operator.pad_hi or is_same(operator))
+    )
 
 
 def is_same(operator: AffineConv) -> bool:
@@ -179,7 +175,11 @@ class Pricer:
         result = self.sizes.numbers(out, dims + 1)
         works = [w for e in recipe.emits for w in self._term(e, dims, result, of)]
         written = float(prod(result))
-        works += [Work(elements=3 * written * len(p) / max(len(recipe.parts), 1), steps=1) for p in recipe.parts for _ in p[1:]]
+        works += [
+            Work(elements=3 * written * len(p) / max(len(recipe.parts), 1), steps=1)
+            for p in recipe.parts
+            for _ in p[1:]
+        ]
         works += [Work(elements=2 * written, steps=1)] if len(recipe.parts) > 1 else []
         return works
 

@@ -22,8 +22,8 @@ OPERATORS = {
 METHODS = {
     f"{name}_": name
     for name in (
-        "add", "sub", "mul", "div", "neg", "relu", "sigmoid", "tanh", "clamp", "clamp_min", "clamp_max", "exp", "sqrt", "abs",
-        "pow", "square", "addcmul", "hardswish", "silu",
+        "add", "sub", "mul", "div", "neg", "relu", "sigmoid", "tanh", "clamp", "clamp_min", "clamp_max", "exp", "sqrt",
+        "abs", "pow", "square", "addcmul", "hardswish", "silu",
     ) if hasattr(Tensor, name)
 }  # fmt: skip
 FUNCTIONS = {
@@ -33,7 +33,15 @@ FUNCTIONS = {
 }  # fmt: skip
 #: Methods that end in an underscore and yet write no numbers.
 HARMLESS = ("requires_grad_", "detach_", "share_memory_", "rename_")
-IDENTITY_MODULES = (nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
+IDENTITY_MODULES = (
+    nn.Identity,
+    nn.Dropout,
+    nn.Dropout1d,
+    nn.Dropout2d,
+    nn.Dropout3d,
+    nn.AlphaDropout,
+    nn.FeatureAlphaDropout,
+)
 #: Ops whose result is the operand itself, entry for entry.
 SAME_ENTRIES: tuple[Any, ...] = (
     "detach", torch.detach, "contiguous", "to", "type", "float", "half", "double", "bfloat16", "cpu", "cuda", "view_as",
@@ -45,9 +53,9 @@ VIEWS: tuple[Any, ...] = (
     "view", "reshape", torch.reshape, "flatten", torch.flatten, nn.Flatten, nn.Unflatten, "transpose", torch.transpose,
     "permute", torch.permute, "squeeze", torch.squeeze, "unsqueeze", torch.unsqueeze, "expand", "expand_as",
     torch.broadcast_to, "chunk", torch.chunk, "split", torch.split, "narrow", torch.narrow, "select", torch.select,
-    "unbind", torch.unbind, operator.getitem, "unfold", "diagonal", torch.diagonal, "swapaxes", torch.swapaxes, "movedim",
-    torch.movedim, "t", "reshape_as", torch.tensor_split, "tensor_split", "real", "imag", getattr, "unflatten",
-    torch.unflatten, "ravel", torch.ravel,
+    "unbind", torch.unbind, operator.getitem, "unfold", "diagonal", torch.diagonal, "swapaxes", torch.swapaxes,
+    "movedim", torch.movedim, "t", "reshape_as", torch.tensor_split, "tensor_split", "real", "imag", getattr,
+    "unflatten", torch.unflatten, "ravel", torch.ravel,
 )  # fmt: skip
 META_KEY = "fxrep_in_place"
 TWIN_SUFFIX = "_out_of_place"
@@ -95,7 +103,8 @@ def functionalize(graph: Graph, modules: dict[str, nn.Module]) -> set[str]:
     Those are values that share memory with a write that cannot be followed: a slice that is written, the network's own
     input or a parameter that is overwritten, an op that nothing is known about.
     """
-    memory, pinned = _Memory(), set()
+    memory = _Memory()
+    pinned: set[str] = set()
     position = {node: i for i, node in enumerate(graph.nodes)}
     for node in list(graph.nodes):
         written = _written_operand(node, modules)
@@ -118,7 +127,7 @@ def drop_identities(graph: Graph, modules: dict[str, nn.Module]) -> None:
             continue
         module = modules[str(node.target)]
         if type(module) in IDENTITY_MODULES and not module.training and not is_hooked(module):
-            node.replace_all_uses_with(node.args[0])  # type: ignore[arg-type]
+            node.replace_all_uses_with(node.args[0])
             graph.erase_node(node)
 
 
@@ -140,8 +149,8 @@ def _written_operand(node: Node, modules: dict[str, nn.Module]) -> Node | None:
         return first if writes or name == "__setitem__" else None
     if node.op != "call_function":
         return None
-    if isinstance(node.kwargs.get("out"), Node):
-        return node.kwargs["out"]
+    if isinstance(out := node.kwargs.get("out"), Node):
+        return out
     name = getattr(node.target, "__name__", "")
     known = node.target in OPERATORS or node.target in FUNCTIONS or node.target is operator.setitem
     writes = known or node.kwargs.get("inplace") is True or (name.endswith("_") and not name.endswith("__"))
@@ -170,7 +179,9 @@ def _is_known(node: Node) -> bool:
     return origin.split(".")[0] in ("torch", "_operator", "operator", "math", "builtins")
 
 
-def _follow(node: Node, written: Node, sharing: list[Node], position: dict[Node, int], modules: dict[str, nn.Module]) -> bool:
+def _follow(
+    node: Node, written: Node, sharing: list[Node], position: dict[Node, int], modules: dict[str, nn.Module]
+) -> bool:
     """Makes the node functional and lets later readers of what it wrote read the new version. False: cannot be told."""
     if any(n.op in ("placeholder", "get_attr") for n in sharing) or "out" in node.kwargs:
         return False
@@ -206,9 +217,9 @@ def _make_functional(node: Node, modules: dict[str, nn.Module]) -> bool:
     elif node.op == "call_method" and node.target in METHODS:
         node.target = METHODS[str(node.target)]
     elif node.target in OPERATORS:
-        node.target = OPERATORS[node.target]  # type: ignore[index]
+        node.target = OPERATORS[node.target]
     elif node.target in FUNCTIONS:
-        node.target = FUNCTIONS[node.target]  # type: ignore[index]
+        node.target = FUNCTIONS[node.target]
     elif node.kwargs.get("inplace") is True:
         node.kwargs = {**node.kwargs, "inplace": False}
     else:

@@ -24,11 +24,15 @@ HOOKS = (
 class Ledger:
     """Counts who still needs each tensor of a model that is collapsed in place, and frees it after its last use."""
 
-    def __init__(self, root: nn.Module, nodes: Mapping[str, Node], modules: Mapping[str, nn.Module], plan: Plan) -> None:
+    def __init__(
+        self, root: nn.Module, nodes: Mapping[str, Node], modules: Mapping[str, nn.Module], plan: Plan
+    ) -> None:
         self.root, self.nodes, self.modules = root, nodes, modules
         self.regions = {d.node: self._tensors((*d.inlined, d.node)) for d in plan.decisions.values()}
         self.uses = Counter(id(t) for region in self.regions.values() for t in region)
-        self.kept = {id(t) for t in self._tensors(n for n in nodes if n not in plan.removed and n not in plan.decisions)}
+        self.kept = {
+            id(t) for t in self._tensors(n for n in nodes if n not in plan.removed and n not in plan.decisions)
+        }
 
     def keep(self, decision: Decision) -> None:
         """The decision was not installed: what it stands for goes on being computed."""
@@ -63,7 +67,11 @@ def _into(folded: Folded, free: list[Tensor]) -> Folded:
     """The same numbers, in the memory of a freed tensor of their shape if there is one."""
     weight = folded.weight
     for i, tensor in enumerate(free):
-        if weight is not None and (tensor.shape, tensor.dtype, tensor.device) == (weight.shape, weight.dtype, weight.device):
+        if weight is not None and (tensor.shape, tensor.dtype, tensor.device) == (
+            weight.shape,
+            weight.dtype,
+            weight.device,
+        ):
             del free[i]
             return replace(folded, weight=tensor.detach().copy_(weight))
     return folded
@@ -81,7 +89,8 @@ def own_tensors(result: nn.Module, model: nn.Module) -> None:
     theirs = {id(t) for m in model.modules() for t in _stored(m)}
     memo: dict[int, Any] = {}
     for module in result.modules():
-        for store in (module._parameters, module._buffers, vars(module)):
+        stores: tuple[dict[str, Any], ...] = (module._parameters, module._buffers, vars(module))
+        for store in stores:
             for name, tensor in store.items():
                 if isinstance(tensor, Tensor) and id(tensor) in theirs:
                     store[name] = _copied(tensor, memo)

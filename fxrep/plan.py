@@ -133,7 +133,10 @@ class _State:
 
     def _cone(self, node: str, start: Callable[[str], bool]) -> Iterable[_Candidate]:
         """Ever larger parts of the cone of values that end in `node`, nearest first."""
-        form, absorbed, gone, blocked = self.recipes[node].form, [], set(), set()
+        form = self.recipes[node].form
+        absorbed: list[str] = []
+        gone: set[str] = set()
+        blocked: set[str] = set()
         frontier = {s for s in form.sources if start(s)}
         while len(absorbed) < MOST_STEPS:
             open_ = [s for s in form.sources if s in frontier - blocked and self._may_absorb(s, node, gone)]
@@ -174,7 +177,9 @@ class _State:
             self._note_held(node, anchor, *fixed)
             return False
         if not alone and self.recipes[anchor].convolutions:
-            self._note_held(node, anchor, "shared", "other layers read it too, and each would need a copy of its weights")
+            self._note_held(
+                node, anchor, "shared", "other layers read it too, and each would need a copy of its weights"
+            )
             return False
         return True
 
@@ -203,7 +208,9 @@ class _State:
 
     def _decline(self, node: str, candidate: _Candidate, extra: float) -> None:
         whole, parts = candidate.seconds, candidate.seconds - extra
-        fact = f"as one {candidate.recipe.describe()} it is predicted to take {duration(whole)}, apart {duration(parts)}"
+        fact = (
+            f"as one {candidate.recipe.describe()} it is predicted to take {duration(whole)}, apart {duration(parts)}"
+        )
         self._refuse(node, "costs-more", fact)
 
     def _refuse(self, node: str, code: str, reason: str, hint: str = "") -> None:

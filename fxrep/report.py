@@ -89,7 +89,7 @@ class Report:
         kinds = dict.fromkeys([*self.before, *self.after])
         counts = [(kind, self.before.get(kind, 0), self.after.get(kind, 0)) for kind in kinds]
         rows = [(kind, str(old), str(new), "") for kind, old, new in counts if old or new]
-        cost = ("predicted time", duration(self.cost_before), duration(self.cost_after), self._speedup())
+        cost = ("affine ops take", duration(self.cost_before), duration(self.cost_after), self._speedup())
         return _table([*rows, cost], ("", "before", "after", ""), form, align=("left", "right", "right", "left"))
 
     def _speedup(self) -> str:

@@ -14,7 +14,6 @@ from torch.fx import Graph, GraphModule, Node
 
 from fxrep import kernel as K
 from fxrep import mutation
-from fxrep.errors import Refusal
 from fxrep.fold import Folded, layer_of, pad_arguments, pad_mode, scale_of
 from fxrep.form import Anchor
 from fxrep.lower import Emit, needs_explicit_pad
@@ -46,6 +45,7 @@ class Rewriter:
         self.nodes = {n.name: n for n in self.old.nodes}
         self.leaves = {str(n.target) for n in self.old.nodes if n.op == "call_module"}
         self.new._codegen = self.old._codegen
+        self.guarded = self._assumptions()
         for node in self.old.nodes:
             self._node(node)
         for node in reversed(self.droppable):
@@ -53,7 +53,9 @@ class Rewriter:
                 self.new.erase_node(node)
         mutation.restore(self.new, self.ours, self.modules)
         self.new.lint()
-        targets = {str(n.target): self._attribute(str(n.target)) for n in self.new.nodes if n.op in ("call_module", "get_attr")}
+        targets = {
+            str(n.target): self._attribute(str(n.target)) for n in self.new.nodes if n.op in ("call_module", "get_attr")
+        }
         return GraphModule(targets, self.new, class_name)
 
     def _node(self, node: Node) -> None:
@@ -63,18 +65,46 @@ class Rewriter:
         if name in self.plan.decisions:
             self.env[node] = self._decision(node, self.plan.decisions[name])
             return
-        if self._is_settled_assert(node) or self._is_stranded(node) or (name in self.readings.facts.scalars and not node.users):
+        if (
+            self._is_settled_assert(node)
+            or self._is_stranded(node)
+            or (name in self.readings.facts.scalars and not node.users)
+        ):
             return
         if name in self.readings.facts.scalars and any(n not in self.env for n in node.all_input_nodes):
             self.env[node] = self._metadata(node)
             return
         copied = self.new.node_copy(node, lambda n: self.env[n])
         self.env[node] = copied
-        if name in self.readings.facts.constants or name in self.readings.facts.scalars or is_bypass(node, self.readings):
+        if name in self.guarded:
+            self._guard(copied, self.guarded[name])
+        if (
+            name in self.readings.facts.constants
+            or name in self.readings.facts.scalars
+            or is_bypass(node, self.readings)
+        ):
             self.droppable.append(copied)
 
+    def _assumptions(self) -> dict[str, int]:
+        """The values whose number of axes a fold took for granted, and that number."""
+        facts = self.readings.facts
+        folded = {n for d in self.plan.decisions.values() for n in (*d.inlined, d.node)} & facts.assumed.keys()
+        found = {}
+        for name in folded:
+            shape = facts.shapes.of[self.nodes[name].all_input_nodes[0].name]
+            if shape.root is not None and shape.root not in facts.shapes.ranks:
+                found[facts.assumed[name]] = len(shape.tail) + 1
+        return found
+
+    def _guard(self, value: Node, rank: int) -> None:
+        """Unbatched inputs, for which the fold would mean something else, are refused aloud."""
+        axes = self.new.call_function(getattr, (value, "ndim"))
+        fits = self.new.call_function(operator.eq, (axes, rank))
+        message = f"collapsed for {rank} axes (a batch); pass example_inputs to collapse it for another number"
+        self.new.call_function(torch._assert, (fits, message))
+
     def _is_settled_assert(self, node: Node) -> bool:
-        """An assertion that holds for every input that is accepted: `x.ndim == 4` after an op that takes nothing else."""
+        """An assertion that holds for every accepted input: `x.ndim == 4` after an op that takes nothing else."""
         condition = node.args[0] if node.target in ASSERTS and node.args else None
         return isinstance(condition, Node) and self.readings.facts.scalars.get(condition.name) is True
 
@@ -142,7 +172,11 @@ class Rewriter:
         named = {name: self.new.get_attr(f"{path}.{name}") for name, _ in holder.named_parameters()}
         if len(named) == 2:
             return self._call(torch.addcmul, (named["bias"], x, named["weight"]))
-        return self._call(operator.mul, (x, named["weight"])) if bias is None else self._call(operator.add, (x, named["bias"]))
+        return (
+            self._call(operator.mul, (x, named["weight"]))
+            if bias is None
+            else self._call(operator.add, (x, named["bias"]))
+        )
 
     def _call(self, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> Node:
         node = self.new.call_function(function, args, kwargs)
@@ -214,7 +248,7 @@ def scope_of(node: Node) -> str:
 
 
 def is_bypass(node: Node, readings: Readings) -> bool:
-    """Whether every reader of this op has a form that does without it: the chunk under its pieces, a stack under its sum."""
+    """Whether every reader of this op has a form that does without it: the chunk under its pieces."""
     if node.op not in ("call_function", "call_method") or not node.users or node.name in readings.forms:
         return False
     return all(
@@ -242,7 +276,3 @@ def _carriers(node: Node, readings: Readings, env: Mapping[Node, Any]) -> list[N
         found.append(current)
         todo.extend(n for n in current.all_input_nodes if readings.is_value(n) and n not in found)
     return found
-
-
-def refusal_of_write(node: str) -> Refusal:
-    return Refusal(node, "mutation", "its memory is written in place while another reader may still see it", "inplace=False")

@@ -1,6 +1,6 @@
 """Symbolic shapes: enough to prove that two values have one size, for every input. Pure; no fx, no tensors.
 
-A spatial size is floor((n + c) / s) of a size n of some *root* (a placeholder, or a value nothing is known about): every
+A spatial size is floor((n + c) / s) of a size n of some *root* (a placeholder, or a value nothing is known about): a
 chain of convolutions and poolings stays in that form, since nested floors collapse. Equal expressions are equal sizes.
 """
 

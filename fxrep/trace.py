@@ -1,4 +1,4 @@
-"""From a module to a graph. Owns every failure of tracing and what is done about it; the caller's model is never touched."""
+"""From a module to a graph. Owns every failure of tracing, and what is done about it."""
 
 from __future__ import annotations
 
@@ -38,8 +38,9 @@ def structural_copy(model: nn.Module) -> nn.Module:
     try:
         return copy.deepcopy(model, memo).eval()
     except Exception as error:
+        name = type(model).__name__
         raise FxrepError(
-            f"{type(model).__name__} cannot be copied ({error}); fxrep works on a copy, so that your model stays as it is. "
+            f"{name} cannot be copied ({error}); fxrep works on a copy, to leave your model as it is. "
             "Remove what cannot be copied (open files, locks, generators) from the module's attributes."
         ) from error
 
@@ -73,6 +74,24 @@ def trace(root: nn.Module, examples: Mapping[str, Any] | None = None) -> Traced 
         kept[name] = refusal
 
 
+class Proxy(fx.Proxy):
+    """A proxy that records `x += y` and `x[i] = y`; fx's own takes the first for `x = x + y` and loses the write."""
+
+    def __setitem__(self, index: Any, value: Any) -> None:
+        self.tracer.create_proxy("call_function", operator.setitem, (self, index, value), {})
+
+
+def _records(target: Any) -> Any:
+    def assign(self: Proxy, other: Any) -> Any:
+        return self.tracer.create_proxy("call_function", target, (self, other), {})
+
+    return assign
+
+
+for _name in ("iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow", "iand", "ior", "ixor"):
+    setattr(Proxy, f"__{_name}__", _records(getattr(operator, _name)))
+
+
 class Tracer(fx.Tracer):
     """fx's tracer with leaves for what must stay whole, and arguments with defaults specialised to their default."""
 
@@ -90,6 +109,9 @@ class Tracer(fx.Tracer):
             for name, tensor in reversed(tensors):
                 self.names[id(tensor)] = name
         return super().trace(root, concrete_args)
+
+    def proxy(self, node: fx.Node) -> Proxy:
+        return Proxy(node, self)
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         if module_qualified_name in self.kept or is_hooked(m):
@@ -131,7 +153,7 @@ class Tracer(fx.Tracer):
                 continue
             args[i] = default
             same = operator.is_ if default is None or isinstance(default, bool) else operator.eq
-            message = f"fxrep collapsed the model for {name}={default!r}; pass {name} in example_inputs to collapse it for a tensor"
+            message = f"collapsed for {name}={default!r}; pass {name} in example_inputs to collapse it for a tensor"
             torch._assert(self.create_proxy("call_function", same, (arg, default), {}), message)
         return function, args
 

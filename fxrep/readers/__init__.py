@@ -5,6 +5,6 @@ from fxrep.readers.registry import Call, Facts, reader, registered, shape_rule
 from fxrep.readers.walk import Readings, is_hooked, read_graph
 
 __all__ = [
-    "Call", "Facts", "Readings", "arithmetic", "channels", "convolution", "is_hooked", "normalization", "opaque", "pooling",
-    "read_graph", "reader", "registered", "shape_rule", "views",
+    "Call", "Facts", "Readings", "arithmetic", "channels", "convolution", "is_hooked", "normalization", "opaque",
+    "pooling", "read_graph", "reader", "registered", "shape_rule", "views",
 ]  # fmt: skip

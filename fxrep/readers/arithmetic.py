@@ -18,7 +18,7 @@ from fxrep.kernel import Kernel
 from fxrep.readers.registry import Call, reader
 
 
-@reader(operator.add, torch.add, "add", operator.iadd, "add_", "__radd__")
+@reader(operator.add, torch.add, "add", operator.iadd, "add_")
 def read_add(at: Call) -> AffineForm:
     """a + alpha·b."""
     a, b, alpha = at.bind("input other alpha", alpha=1)
@@ -39,7 +39,7 @@ def read_rsub(at: Call) -> AffineForm:
     return _combine(at, a, -alpha, b, 1.0)
 
 
-@reader(operator.mul, torch.mul, "mul", operator.imul, "mul_", torch.multiply, "multiply", "__rmul__")
+@reader(operator.mul, torch.mul, "mul", operator.imul, "mul_", torch.multiply, "multiply")
 def read_mul(at: Call) -> AffineForm:
     """γ·x, for a constant γ that is a scalar or varies along one axis only."""
     a, b = at.bind("input other")
@@ -65,14 +65,14 @@ def read_neg(at: Call) -> AffineForm:
     return at.operand().scale(K.Constant((), -1.0))
 
 
-@reader(operator.pos, torch.positive, "positive", nn.Identity, torch.clone, "clone", "contiguous", "clone_")
+@reader(operator.pos, torch.positive, "positive", nn.Identity, torch.clone, "clone", "contiguous")
 def read_identity(at: Call, module: nn.Module | None = None) -> AffineForm:
     """The same numbers, perhaps in another memory."""
     return at.operand()
 
 
 @reader(nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
-def read_dropout(at: Call, module: nn.Module) -> AffineForm:
+def read_dropout(at: Call, module: Any) -> AffineForm:
     """The identity in eval mode."""
     if module.training and module.p > 0:
         raise Illegal("not-affine", "drops at random: it is in training mode")
@@ -121,7 +121,7 @@ def _stacked(x: Any) -> tuple[list[Node], int]:
     values, axis = x.args[0], x.kwargs.get("dim", x.args[1] if len(x.args) > 1 else 0)
     if not isinstance(values, (tuple, list)) or not isinstance(axis, int):
         raise Illegal("not-affine", "it reduces over axes of one value")
-    return list(values), axis  # type: ignore[arg-type]
+    return list(values), axis
 
 
 def _combine(at: Call, a: Any, alpha: Any, b: Any, beta: Any) -> AffineForm:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import operator
 from dataclasses import replace
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -65,7 +66,7 @@ def read_index_select(at: Call) -> AffineForm:
 
 
 @reader(nn.ChannelShuffle)
-def read_channel_shuffle(at: Call, module: nn.Module) -> AffineForm:
+def read_channel_shuffle(at: Call, module: Any) -> AffineForm:
     """Channel c of group g goes to c·groups + g (ShuffleNet)."""
     dims = at.rank(at.first) - 2
     channels = at.channels(at.first, dims)
@@ -74,7 +75,7 @@ def read_channel_shuffle(at: Call, module: nn.Module) -> AffineForm:
 
 
 @reader(*RESHAPES, *FLATTENS, *LIKE_ANOTHER)
-def read_view(at: Call, module: nn.Module | None = None) -> AffineForm:
+def read_view(at: Call, module: Any = None) -> AffineForm:
     """A reshape that only regroups the axes before the last one, or one that ends a channel shuffle."""
     source, axes = axes_of(at)
     if axes == layout_of(at, source).axes:
@@ -95,7 +96,9 @@ def _piece_of_split(at: Call, split: Node, index: Any) -> AffineForm:
     if split.target in (torch.chunk, "chunk"):
         names = "input chunks dim"
     elif split.target in (torch.split, "split"):
-        names = "input split_size_or_sections dim" if "split_size_or_sections" in split.kwargs else "input split_size dim"
+        names = (
+            "input split_size_or_sections dim" if "split_size_or_sections" in split.kwargs else "input split_size dim"
+        )
     x, sizes, axis = inner.bind(names, dim=0)
     dims = -1 - at.from_end(x, axis)
     bounds = _bounds(at, split, at.channels(x, dims), sizes)
@@ -114,7 +117,7 @@ def _bounds(at: Call, split: Node, channels: int, sizes: Any) -> list[tuple[int,
     if not isinstance(sizes, (tuple, list)) or not all(isinstance(s, int) for s in sizes):
         raise Illegal("shape-unknown", "the sizes of the pieces are computed at run time")
     starts = [sum(sizes[:i]) for i in range(len(sizes) + 1)]
-    return list(zip(starts[:-1], starts[1:], strict=True))
+    return list(pairwise(starts))
 
 
 def _slice(at: Call, x: Any, index: Any) -> AffineForm:

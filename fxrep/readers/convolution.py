@@ -7,6 +7,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from fxrep import affine
 from fxrep import kernel as K
@@ -54,7 +55,7 @@ def _convolve(at: Call, x: Any, operator: AffineConv) -> AffineForm:
 
 
 @reader(*CONVS)
-def read_conv(at: Call, conv: nn.Module) -> AffineForm:
+def read_conv(at: Call, conv: _ConvNd) -> AffineForm:
     """y = W ⊛ pad(x) + b, cross-correlation as torch has it. Weight (O, I/g, *K)."""
     weight = real_weight(K.Leaf.of(conv.weight))  # the attribute: a parametrized weight is its effective one
     lo, hi = pads_of(conv.padding, weight.shape[2:], conv.dilation)
@@ -77,7 +78,7 @@ def read_functional_conv(at: Call) -> AffineForm:
 
 
 @reader(*TRANSPOSED)
-def read_transposed_conv(at: Call, conv: nn.Module) -> AffineForm | Refusal:
+def read_transposed_conv(at: Call, conv: _ConvTransposeNd) -> AffineForm | Refusal:
     """The adjoint of a convolution: y[s·i + d·t - p] += W[c,o,t]·x[c,i]. Weight (I, O/g, *K)."""
     if len(at.node.args) + len(at.node.kwargs) > 1:
         return Refusal(at.node.name, "unsupported-options", "its output size is given at run time")
@@ -97,7 +98,8 @@ def read_functional_transposed_conv(at: Call) -> AffineForm:
 
 
 def _transposed(
-    at: Call, x: Any, weight: Kernel, bias: Kernel | None, stride: Any, padding: Any, extra: Any, groups: int, dilation: Any
+    at: Call, x: Any, weight: Kernel, bias: Kernel | None, stride: Any, padding: Any, extra: Any, groups: int,
+    dilation: Any,
 ) -> AffineForm:  # fmt: skip
     real_weight(weight)
     dims = len(weight.shape) - 2
@@ -119,7 +121,7 @@ def _rows_first(weight: Kernel, groups: int) -> Kernel:
 
 
 @reader(nn.Linear)
-def read_linear(at: Call, linear: nn.Module) -> AffineForm:
+def read_linear(at: Call, linear: Any) -> AffineForm:
     """y = x·Wᵀ + b on the last axis: the 0-dimensional convolution. Weight (O, I)."""
     bias = None if linear.bias is None else K.Leaf.of(linear.bias)
     return _linear(at, at.first, K.Leaf.of(linear.weight), bias)
@@ -145,17 +147,17 @@ def read_pad(at: Call) -> AffineForm:
 
 
 @reader(nn.ZeroPad1d, nn.ZeroPad2d, nn.ZeroPad3d, nn.ConstantPad1d, nn.ConstantPad2d, nn.ConstantPad3d)
-def read_constant_pad(at: Call, module: nn.Module) -> AffineForm:
+def read_constant_pad(at: Call, module: Any) -> AffineForm:
     return _pad(at, at.first, module.padding, "constant", module.value)
 
 
 @reader(nn.ReflectionPad1d, nn.ReflectionPad2d, nn.ReflectionPad3d)
-def read_reflection_pad(at: Call, module: nn.Module) -> AffineForm:
+def read_reflection_pad(at: Call, module: Any) -> AffineForm:
     return _pad(at, at.first, module.padding, "reflect", 0.0)
 
 
 @reader(nn.ReplicationPad1d, nn.ReplicationPad2d, nn.ReplicationPad3d)
-def read_replication_pad(at: Call, module: nn.Module) -> AffineForm:
+def read_replication_pad(at: Call, module: Any) -> AffineForm:
     return _pad(at, at.first, module.padding, "replicate", 0.0)
 
 

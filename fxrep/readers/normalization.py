@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -17,10 +19,12 @@ RANKS = {nn.BatchNorm1d: (2, 3), nn.BatchNorm2d: (4,), nn.BatchNorm3d: (5,)}
 
 
 @reader(nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
-def read_batchnorm(at: Call, bn: nn.Module) -> AffineForm | Refusal:
+def read_batchnorm(at: Call, bn: Any) -> AffineForm | Refusal:
     """BN(x) = γ(x - μ)/σ + β per channel, σ = √(var + ε): rows scaled, bias shifted (DBB transform I)."""
     if bn.training or bn.running_mean is None or bn.running_var is None:
-        return Refusal(at.node.name, "batch-statistics", "normalises by the batch's own statistics", "track_running_stats=True")
+        return Refusal(
+            at.node.name, "batch-statistics", "normalises by the batch's own statistics", "track_running_stats=True"
+        )
     ranks = next((r for kind, r in RANKS.items() if isinstance(bn, kind)), ())
     if len(ranks) == 1:
         at.shapes.require_rank(at.shape(at.first), ranks[0])
@@ -36,7 +40,9 @@ def read_functional_batchnorm(at: Call) -> AffineForm | Refusal:
         weight=None, bias=None, training=False, momentum=0.1, eps=1e-5,
     )  # fmt: skip
     if training is not False or mean is None or var is None:
-        return Refusal(at.node.name, "batch-statistics", "normalises by the batch's own statistics", "call eval() first")
+        return Refusal(
+            at.node.name, "batch-statistics", "normalises by the batch's own statistics", "call eval() first"
+        )
     weight, bias = at.optional(weight), at.optional(bias)
     return _normalise(at, x, at.constant(mean), at.constant(var), weight, bias, eps)
 

@@ -26,18 +26,19 @@ SAME_FUNCTIONS = (
     F.relu, F.relu6, F.elu, F.selu, F.celu, F.leaky_relu, F.prelu, F.rrelu, F.silu, F.mish, F.gelu, F.hardtanh,
     F.hardswish, F.hardsigmoid, F.sigmoid, F.tanh, F.softplus, F.softsign, F.logsigmoid, F.hardshrink, F.softshrink,
     F.threshold, F.softmax, F.log_softmax, F.softmin, F.layer_norm, F.group_norm, F.instance_norm, F.normalize,
-    F.local_response_norm, torch.relu, torch.relu_, torch.sigmoid, torch.tanh, torch.exp, torch.log, torch.abs, torch.sqrt,
-    torch.rsqrt, torch.square, torch.pow, torch.clamp, torch.clip, torch.erf, torch.sin, torch.cos, torch.softmax,
-    torch.detach, torch.nan_to_num, torch.reciprocal, operator.pow,
+    F.local_response_norm, torch.relu, torch.relu_, torch.sigmoid, torch.tanh, torch.exp, torch.log, torch.abs,
+    torch.sqrt, torch.rsqrt, torch.square, torch.pow, torch.clamp, torch.clip, torch.erf, torch.sin, torch.cos,
+    torch.softmax, torch.detach, torch.nan_to_num, torch.reciprocal, operator.pow,
 )  # fmt: skip
 SAME_METHODS = (
-    "relu", "relu_", "sigmoid", "sigmoid_", "tanh", "exp", "log", "abs", "sqrt", "rsqrt", "square", "pow", "clamp", "clamp_",
-    "clip", "clamp_min", "softmax", "log_softmax", "float", "half", "double", "bfloat16", "to", "type", "type_as", "detach",
-    "cuda", "cpu", "reciprocal", "requires_grad_", "nan_to_num", "round", "floor",
+    "relu", "relu_", "sigmoid", "sigmoid_", "tanh", "exp", "log", "abs", "sqrt", "rsqrt", "square", "pow", "clamp",
+    "clamp_", "clip", "clamp_min", "softmax", "log_softmax", "float", "half", "double", "bfloat16", "to", "type",
+    "type_as", "detach", "cuda", "cpu", "reciprocal", "requires_grad_", "nan_to_num", "round", "floor",
 )  # fmt: skip
 BROADCASTING = (
-    operator.add, torch.add, "add", operator.iadd, "add_", operator.sub, torch.sub, "sub", operator.mul, torch.mul, "mul",
-    operator.imul, "mul_", operator.truediv, torch.div, "div", torch.maximum, torch.minimum, operator.isub, "sub_",
+    operator.add, torch.add, "add", operator.iadd, "add_", operator.sub, torch.sub, "sub", operator.mul, torch.mul,
+    "mul", operator.imul, "mul_", operator.truediv, torch.div, "div", torch.maximum, torch.minimum,
+    operator.isub, "sub_",
 )  # fmt: skip
 MAX_POOLS: dict[Any, int] = {
     nn.MaxPool1d: 1, nn.MaxPool2d: 2, nn.MaxPool3d: 3, F.max_pool1d: 1, F.max_pool2d: 2, F.max_pool3d: 3,
@@ -77,10 +78,12 @@ def broadcast_shape(at: Call) -> Shape | None:
 
 
 @shape_rule(*MAX_POOLS, *AVERAGE_POOLS)
-def pooled_shape(at: Call, pool: nn.Module | None = None) -> Shape:
+def pooled_shape(at: Call, pool: Any = None) -> Shape:
     names = ("kernel_size", "stride", "padding", "dilation", "ceil_mode")
     if pool is not None:
-        dims = next(n for kind, n in {**MAX_POOLS, **AVERAGE_POOLS}.items() if isinstance(kind, type) and isinstance(pool, kind))
+        dims = next(
+            n for kind, n in {**MAX_POOLS, **AVERAGE_POOLS}.items() if isinstance(kind, type) and isinstance(pool, kind)
+        )
         size, stride, padding, dilation, ceil = (getattr(pool, n, 1) for n in names)
         x = at.first
     elif at.node.target in MAX_POOLS:
@@ -102,11 +105,15 @@ def pooled_shape(at: Call, pool: nn.Module | None = None) -> Shape:
     if ceil and any(s != 1 for s in steps):  # such a size has no closed form here: a size of its own, on known axes
         return _resized(at, x, [Size(Axis(at.node.name, i - dims)) for i in range(dims)])
     spans = [2 * p - d * (k - 1) for p, d, k in zip(each(padding, dims), each(dilation, dims), taps, strict=True)]
-    return _resized(at, x, [shifted(_spatial(at, x, i - dims), n - 1 + s, s) for i, (n, s) in enumerate(zip(spans, steps, strict=True))])
+    return _resized(
+        at,
+        x,
+        [shifted(_spatial(at, x, i - dims), n - 1 + s, s) for i, (n, s) in enumerate(zip(spans, steps, strict=True))],
+    )
 
 
 @shape_rule(*ADAPTIVE)
-def adaptive_shape(at: Call, pool: nn.Module | None = None) -> Shape:
+def adaptive_shape(at: Call, pool: Any = None) -> Shape:
     if pool is not None:
         dims = next(n for kind, n in ADAPTIVE.items() if isinstance(kind, type) and isinstance(pool, kind))
         x, size = at.first, pool.output_size

@@ -20,11 +20,13 @@ POOLS: dict[Any, int] = {
 
 
 @reader(nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d)
-def read_avg_pool(at: Call, pool: nn.Module) -> AffineForm:
+def read_avg_pool(at: Call, pool: Any) -> AffineForm:
     """The depthwise box kernel (DBB transform V), where every window has the same count."""
     divisor = getattr(pool, "divisor_override", None)
     dims = next(n for kind, n in POOLS.items() if isinstance(kind, type) and isinstance(pool, kind))
-    return _box(at, at.first, dims, pool.kernel_size, pool.stride, pool.padding, pool.ceil_mode, pool.count_include_pad, divisor)
+    return _box(
+        at, at.first, dims, pool.kernel_size, pool.stride, pool.padding, pool.ceil_mode, pool.count_include_pad, divisor
+    )
 
 
 @reader(F.avg_pool1d, F.avg_pool2d, F.avg_pool3d)
@@ -43,7 +45,9 @@ def _box(
     if ceil:
         raise Illegal("pool-border", "ceil_mode=True lets windows reach beyond the padding", "ceil_mode=False")
     if any(pad) and not count_pads and divisor is None:
-        raise Illegal("pool-border", "count_include_pad=False divides by fewer pixels at the border", "count_include_pad=True")
+        raise Illegal(
+            "pool-border", "count_include_pad=False divides by fewer pixels at the border", "count_include_pad=True"
+        )
     count = 1
     for k in taps:
         count *= k

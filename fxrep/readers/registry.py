@@ -65,6 +65,8 @@ class Facts:
     constants: dict[str, Kernel] = field(default_factory=dict)
     scalars: dict[str, Any] = field(default_factory=dict)
     layouts: dict[str, Layout] = field(default_factory=dict)
+    #: by node: the value that its reading took to be batched, since a convolution made it and nothing says otherwise
+    assumed: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -91,6 +93,7 @@ class Call:
     node: Node
     facts: Facts
     out_shape: Shape | None = None
+    assumes: bool = False
 
     @property
     def shapes(self) -> Shapes:
@@ -102,7 +105,9 @@ class Call:
         given = dict(zip(order, self.node.args, strict=False)) | dict(self.node.kwargs)
         unknown = [k for k in given if k not in order]
         if unknown or len(self.node.args) > len(order):
-            raise Illegal("unsupported-options", f"has arguments that its reader does not know: {unknown or self.node.args}")
+            raise Illegal(
+                "unsupported-options", f"has arguments that its reader does not know: {unknown or self.node.args}"
+            )
         bound = [given.get(n, defaults.get(n, _REQUIRED)) for n in order]
         if any(b is _REQUIRED for b in bound):
             raise Illegal("unsupported-options", f"is called without {order[bound.index(_REQUIRED)]}")
@@ -156,7 +161,11 @@ class Call:
         return self.shapes.of[argument.name]
 
     def rank(self, argument: Any) -> int:
-        rank = self.shapes.rank(self.shape(argument))
+        shape = self.shape(argument)
+        rank = self.shapes.rank(shape)
+        if rank is None and self.assumes and shape.root is not None and len(shape.tail) > 1:
+            self.facts.assumed[self.node.name] = shape.root
+            return len(shape.tail) + 1
         if rank is None:
             raise Illegal(
                 "rank-unknown",
@@ -206,8 +215,12 @@ def meaning_of(module: nn.Module, registry: dict[Target, Any]) -> type | None:
     kind = effective_type(module)
     for base in kind.__mro__:
         if base in registry:
-            return base if kind.forward is base.forward and "forward" not in vars(module) else None
+            return base if _forward(kind) is _forward(base) and "forward" not in vars(module) else None
     return None
+
+
+def _forward(kind: type) -> Any:
+    return kind.forward  # type: ignore[attr-defined]
 
 
 def effective_type(module: nn.Module) -> type:

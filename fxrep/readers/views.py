@@ -55,7 +55,7 @@ def shape_of_reshape_as(at: Call) -> Shape:
 
 
 @shape_rule(*FLATTENS)
-def shape_of_flatten(at: Call, module: nn.Module | None = None) -> Shape:
+def shape_of_flatten(at: Call, module: Any = None) -> Shape:
     if module is not None:
         x, start, end = at.first, module.start_dim, module.end_dim
     else:
@@ -78,7 +78,7 @@ def shape_of_transpose(at: Call) -> Shape:
 
 @shape_rule(*PERMUTES)
 def shape_of_permute(at: Call) -> Shape:
-    order = at.node.args[1:] or tuple(at.node.kwargs.values())[-1:]
+    order: Any = at.node.args[1:] or tuple(at.node.kwargs.values())[-1:]
     order = order[0] if len(order) == 1 and isinstance(order[0], (tuple, list)) else order
     layout = layout_of(at, at.first)
     return _view(at, layout.source, tuple(layout.axes[i] for i in order))
@@ -136,7 +136,9 @@ def _matched(at: Call, x: Node, sizes: list[Dim]) -> Shape | None:
     return None if tail is None else _view(at, layout.source, (*head, tuple(reversed(atoms)), *reversed(tail)))
 
 
-def _match(atoms: list[Atom], sizes: list[Dim], from_end: bool = False) -> tuple[list[tuple[Atom, ...]] | None, list[Atom]]:
+def _match(
+    atoms: list[Atom], sizes: list[Dim], from_end: bool = False
+) -> tuple[list[tuple[Atom, ...]] | None, list[Atom]]:
     """Takes atoms from the front for each size in turn, splitting an axis where its size is that of several."""
     rest, axes, todo = list(atoms), [], list(sizes)
     while todo:

@@ -17,12 +17,14 @@ from fxrep.errors import Illegal, Refusal
 from fxrep.form import AffineForm
 from fxrep.kernel import Kernel
 from fxrep.readers.registry import Call, Facts, find, find_shape_rule
-from fxrep.shapes import Shape, shifted
+from fxrep.shapes import Shape, Size, multiplied, shifted
 
 SHAPE_ATTRIBUTES = ("shape", "ndim")
 OTHER_METADATA = ("dtype", "device", "is_cuda", "layout", "requires_grad", "is_quantized")
 METADATA_METHODS = ("size", "dim", "ndimension", "numel", "is_floating_point", "stride", "is_contiguous")
 ASSERTS = (torch._assert,)
+RANDOM = ("rand", "randn", "randint", "randperm", "bernoulli", "normal", "multinomial", "poisson", "exponential",
+          "uniform", "cauchy", "geometric", "log_normal", "random", "rrelu", "gumbel_softmax")  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -63,6 +65,7 @@ def _read_node(node: Node, facts: Facts) -> AffineForm | Refusal | None:
     read, arguments = find(call)
     if read is None:
         return None
+    call.assumes = True
     if node.op == "call_module" and is_hooked(facts.modules[str(node.target)]):
         return Refusal(node.name, "hooked", "a forward hook looks at it", "remove the hook before deployment")
     result = _attempt(read, arguments, node)
@@ -73,7 +76,7 @@ def _read_node(node: Node, facts: Facts) -> AffineForm | Refusal | None:
 
 def _attempt(read: Callable[..., Any], arguments: tuple[Any, ...], node: Node) -> AffineForm | Refusal:
     try:
-        return read(*arguments)  # type: ignore[no-any-return]
+        return read(*arguments)
     except Illegal as illegal:
         return Refusal(node.name, illegal.code, illegal.reason, illegal.hint)
 
@@ -110,8 +113,6 @@ def _convolved(size: Any, term: AffineConv, i: int) -> Any:
     stride = term.stride[i]
     if not term.transposed:
         return shifted(size, term.net_pad[i] - 1 + stride, stride)
-    from fxrep.shapes import multiplied
-
     scaled = multiplied(shifted(size, -1), stride)
     return shifted(scaled, term.span[i] + 1 - term.pad_lo[i] - term.pad_hi[i])
 
@@ -141,8 +142,8 @@ def _note_constant(node: Node, facts: Facts) -> bool:
 
 
 def _is_random(node: Node) -> bool:
-    name = str(getattr(node.target, "__name__", node.target))
-    return any(word in name for word in ("rand", "dropout", "bernoulli", "normal", "multinomial"))
+    name = str(getattr(node.target, "__name__", node.target)).removesuffix("_").removesuffix("_like")
+    return name in RANDOM or "dropout" in name
 
 
 def _computed(node: Node, operands: list[Node], facts: Facts) -> Kernel | None:
@@ -159,7 +160,7 @@ def _computed(node: Node, operands: list[Node], facts: Facts) -> Kernel | None:
     try:
         with torch.no_grad():
             sample = run(*(_as_stored(k) for k in kernels))
-    except Exception:  # noqa: BLE001 - a constant that cannot be computed ahead is simply not a constant
+    except Exception:
         return None
     if not isinstance(sample, Tensor):
         return None
@@ -267,10 +268,9 @@ def _number_value(node: Node, facts: Facts) -> Any:
         if isinstance(sizes, _Sizes) and isinstance(index, int):
             return _axis(facts, sizes.shape, index, facts.shapes.rank(sizes.shape))
         return None
-    if node.target is operator.mul and all(a is not None for a in args):
-        from fxrep.shapes import Size, multiplied
-
-        return multiplied(*args) if all(isinstance(a, (int, Size)) for a in args) else None
+    if node.target is operator.mul:
+        factors: list[Any] = [a for a in args if isinstance(a, (int, Size))]
+        return multiplied(*factors) if len(factors) == len(args) else None
     if all(isinstance(call.number(a), int) for a in node.args) and callable(node.target) and node.target not in ASSERTS:
         return node.target(*args)
     return None

@@ -1,0 +1,146 @@
+"""The whole line for one traced graph: read → plan → fold → certify → rewrite → report."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import Tensor
+from torch.fx import Graph, GraphModule, Node
+
+from fxrep.census import census, planned
+from fxrep.certify import certify
+from fxrep.cost import Profile
+from fxrep.errors import Illegal, Refusal
+from fxrep.fold import Folded, fold
+from fxrep.mutation import drop_identities, functionalize
+from fxrep.ownership import Ledger
+from fxrep.plan import Decision, Plan, Problem, make_plan
+from fxrep.readers import Readings, read_graph
+from fxrep.report import Collapse, Report
+from fxrep.rewrite import Rewriter, is_bypass, scope_of, settles
+from fxrep.trace import Traced
+
+
+class Pipeline:
+    """A traced model, read and planned; `rewrite` carries the plan out."""
+
+    def __init__(self, name: str, traced: Traced, examples: Mapping[str, Any], profile: Profile) -> None:
+        self.name, self.traced, self.graph, self.modules = name, traced, traced.graph, traced.modules
+        self.before = census(self.graph, self.modules)
+        drop_identities(self.graph, self.modules)
+        pinned = functionalize(self.graph, self.modules)
+        shapes = _example_shapes(self.graph, examples)
+        self.readings = read_graph(self.graph, self.modules, {name: len(shape) for name, shape in shapes.items()})
+        self.nodes: dict[str, Node] = {n.name: n for n in self.graph.nodes}
+        self.plan = make_plan(_problem(self.graph, self.readings, pinned, shapes), profile)
+
+    def explain(self) -> Report:
+        """The report of the plan, with nothing folded and so nothing certified."""
+        return self._report(
+            self.plan, (), planned(self.graph, self.modules, self.plan, self.readings.facts.scalars), {}
+        )
+
+    def rewrite(self, inplace: bool = False) -> tuple[GraphModule, Report]:
+        """Folds and certifies every decision, one region at a time, and writes what passed."""
+        ledger = Ledger(self.traced.root, self.nodes, self.modules, self.plan) if inplace else None
+        plan, refused = self.plan, []
+        folded: dict[int, Folded] = {}
+        for decision in self.plan.decisions.values():
+            numbers = self._fold(decision)
+            if isinstance(numbers, Refusal):
+                refused.append(numbers)
+                plan = plan.without(decision.node)
+                if ledger:
+                    ledger.keep(decision)
+                continue
+            cast = [f.cast() for f in numbers]
+            folded |= {id(f.emit): f for f in (ledger.settle(decision, cast) if ledger else cast)}
+        rewriter = Rewriter(self.graph, plan, self.readings, self.modules, folded)
+        collapsed = rewriter.write(self.name)
+        after = census(collapsed.graph, dict(collapsed.named_modules()), self.readings.facts.scalars)
+        return collapsed, self._report(
+            plan, refused, after, {replaced[-1]: n for n, replaced in rewriter.layers.items()}
+        )
+
+    def _fold(self, decision: Decision) -> list[Folded] | Refusal:
+        """The decision's numbers in float64, certified."""
+        try:
+            numbers = [fold(e) for e in decision.recipe.emits]
+        except Illegal as illegal:
+            return Refusal(decision.node, illegal.code, illegal.reason, illegal.hint)
+        return certify(decision, {id(f.emit): f for f in numbers}, self.nodes, self.readings) or numbers
+
+    def _report(
+        self, plan: Plan, refused: Sequence[Refusal], after: dict[str, int], layers: Mapping[str, str]
+    ) -> Report:
+        """The plan in the user's names; `layers` names the new layer of a decision."""
+        collapses = tuple(
+            Collapse(
+                layers.get(d.node, self._label(d.node)),
+                tuple(self._label(i) for i in (*d.inlined, d.node)),
+                d.recipe.describe(),
+                d.seconds_before - d.seconds_after,
+            )
+            for d in plan.decisions.values()
+        )
+        read = [r for r in self.readings.refusals.values() if self._is_declined(r)]
+        told = tuple(self._told(r) for r in (*read, *plan.refusals, *refused))
+        refusals = (*self.traced.kept, *told)
+        return Report(self.name, collapses, refusals, self.before, after, plan.seconds_before, plan.seconds_after)
+
+    def _is_declined(self, refusal: Refusal) -> bool:
+        """Whether a merge was in sight: an op that is affine in other circumstances, on an affine value."""
+        operands = self.nodes[refusal.node].all_input_nodes
+        return refusal.code != "not-affine" and any(o.name in self.readings.forms for o in operands)
+
+    def _label(self, name: str) -> str:
+        """The qualified name of a layer, else of the module whose forward made the node, and the node's name."""
+        node = self.nodes.get(name)
+        if node is None or node.op == "call_module":
+            return name if node is None else str(node.target)
+        scope = scope_of(node)
+        return f"{scope}:{name}" if scope else name
+
+    def _told(self, refusal: Refusal) -> Refusal:
+        """The refusal in the user's names."""
+        reason = re.sub(r"\w+", lambda m: self._label(m[0]) if m[0] in self.nodes else m[0], refusal.reason)
+        return Refusal(self._label(refusal.node), refusal.code, reason, refusal.hint)
+
+
+def _example_shapes(graph: Graph, examples: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+    """The shapes of the example inputs, by the names of their placeholders."""
+    inputs = {n.name: examples.get(str(n.target)) for n in graph.nodes if n.op == "placeholder"}
+    return {name: tuple(t.shape) for name, t in inputs.items() if isinstance(t, Tensor)}
+
+
+def _problem(graph: Graph, readings: Readings, pinned: set[str], examples: dict[str, tuple[int, ...]]) -> Problem:
+    """Who reads what: forms read their sources, everything else its operands; sizes are no readers."""
+    readers: dict[str, set[str]] = {n.name: set() for n in graph.nodes}
+    for name, form in readings.forms.items():
+        for source in form.sources:
+            readers[source].add(name)
+    for node in graph.nodes:
+        if node.name in readings.forms or node.name in readings.facts.scalars or is_bypass(node, readings):
+            continue
+        for operand in node.all_input_nodes:
+            readers[operand.name].add(node.name)
+    fixed = dict.fromkeys(pinned, ("mutation", "its memory is written in place"))
+    for node in graph.nodes:
+        sizes_read = [u for u in node.users if u.name in readings.facts.scalars and u.users]
+        unsettled = [u for u in sizes_read if not settles(u, readings)]
+        if unsettled and node.name in readings.forms:
+            fixed[node.name] = ("metadata", f"{unsettled[0].name} reads its {_what(unsettled[0])}")
+    return Problem(
+        readings.forms,
+        readings.facts.shapes,
+        {k: frozenset(v) for k, v in readers.items()},
+        fixed,
+        frozenset(pinned),
+        examples,
+    )
+
+
+def _what(node: Node) -> str:
+    return str(node.args[1]) if len(node.args) > 1 else str(node.target)

@@ -1,0 +1,175 @@
+"""Writes random programs as source: values whose sizes are known for every input, and the table of ops."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import TypeVar
+
+T = TypeVar("T")
+#: Per spatial axis: the size of a value for each size that the input's axis may have.
+Sizes = tuple[tuple[int, ...], ...]
+
+#: The sizes of an input's spatial axes, by the kind of input. `rows` are (N, C), `tokens` (N, L, C), the rest (N, C, *S).
+INPUTS: Mapping[str, tuple[range, ...]] = {
+    "rows": (), "tokens": (range(2, 6),), "1d": (range(8, 21),), "2d": (range(7, 15),) * 2, "3d": (range(5, 9),) * 3,
+}  # fmt: skip
+LARGEST = {0: 1, 1: 64, 2: 32, 3: 14}
+MOST_CHANNELS = 16
+_NAMES = re.compile(r"\b(?:x|y|v\d+)\b")
+
+
+@dataclass(frozen=True)
+class Step:
+    """One instruction. Operand `on` is the value made `on` steps ago (modulo); `other` says where to look for a second one.
+
+    `picks` are the op's choices in turn, each modulo the number of options and 0 where they have run out, so that any
+    integers mean something, and zeros mean the plainest form.
+    """
+
+    op: str
+    on: int = 0
+    other: int = 0
+    picks: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class Value:
+    """A variable: its layout (`map` (N, C, *S), `last` (N, *S, C), `tokens` (N, L, C), `rows` (N, C)) and whose memory it shares."""
+
+    name: str
+    layout: str
+    channels: int
+    sizes: Sizes
+    memory: str
+
+    @property
+    def axis(self) -> int:
+        """The channel axis."""
+        return 1 if self.layout == "map" else -1
+
+    @property
+    def dims(self) -> int:
+        return len(self.sizes)
+
+    def fits(self, other: Value) -> bool:
+        """Whether the two can be joined along channels, whatever the size of the input."""
+        return (self.layout, self.sizes) == (other.layout, other.sizes)
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A layer that may be called again: the call as a template, what it takes, and the sizes that it gives."""
+
+    call: str
+    layout: str
+    channels: int
+    outputs: int
+    resize: Callable[[Sizes], Sizes]
+
+
+@dataclass
+class Writer:
+    """The program so far: lines of `__init__`, lines of `forward`, and the values at hand."""
+
+    inputs: tuple[Value, ...]
+    functional: bool
+    values: list[Value] = field(default_factory=list)
+    build: list[str] = field(default_factory=list)
+    lines: list[str] = field(default_factory=list)
+    layers: list[Layer] = field(default_factory=list)
+    weights: dict[tuple[object, ...], str] = field(default_factory=dict)
+    pieces: dict[tuple[str, str], str] = field(default_factory=dict)
+    unread: dict[str, None] = field(default_factory=dict)
+    kept: list[str] = field(default_factory=list)
+    count: int = 0
+
+    def fresh(self, stem: str) -> str:
+        self.count += 1
+        return f"{stem}{self.count}"
+
+    def layer(self, stem: str, constructor: str) -> str:
+        """A new attribute of the network, by its name."""
+        name = self.fresh(stem)
+        self.build.append(f"self.{name} = {constructor}")
+        return f"self.{name}"
+
+    def let(self, expression: str, like: Value, *, channels: int = 0, sizes: Sizes | None = None, layout: str = "",
+            view: bool = False) -> Value:  # fmt: skip
+        """A new variable; what is not told is as in `like`."""
+        name = self.fresh("v")
+        self._note(f"{name} = {expression}", expression, name)
+        memory = like.memory if view else name
+        sizes = like.sizes if sizes is None else sizes
+        return Value(name, layout or like.layout, channels or like.channels, sizes, memory)
+
+    def write(self, line: str, target: Value, source: str = "") -> Value:
+        """A statement that writes into `target`, reading `source`."""
+        self._note(line, source, target.name)
+        return target
+
+    def _note(self, line: str, reads: str, makes: str) -> None:
+        self.lines.append(line)
+        for name in _NAMES.findall(reads):
+            self.unread.pop(name, None)
+        self.unread[makes] = None
+
+    def source(self) -> str:
+        """The two functions of the network; it returns every value that nobody read, and those that are kept."""
+        results = list(dict.fromkeys([*self.unread, *self.kept])) or [self.values[-1].name]
+        given = ", ".join(v.name for v in self.inputs)
+        answer = results[0] if len(results) == 1 else f"({', '.join(results)})"
+        build = ["def build(self):", *self.build, "return self"]
+        forward = [f"def forward(self, {given}):", *self.lines, f"return {answer}"]
+        return "\n".join(line if line.startswith("def ") else f"    {line}" for line in (*build, *forward)) + "\n"
+
+
+@dataclass
+class At:
+    """One step, as its op sees it."""
+
+    writer: Writer
+    step: Step
+    taken: int = 0
+
+    @property
+    def x(self) -> Value:
+        values = self.writer.values
+        return values[-1 - self.step.on % len(values)]
+
+    @property
+    def functional(self) -> bool:
+        return self.writer.functional
+
+    def pick(self, *options: T) -> T:
+        picks = self.step.picks
+        choice = picks[self.taken] if self.taken < len(picks) else 0
+        self.taken += 1
+        return options[choice % len(options)]
+
+    def other(self, accepted: Callable[[Value], bool]) -> Value:
+        """From `step.other` steps ago and back, the first accepted value that is not x; x where there is none."""
+        values = self.writer.values[::-1]
+        start = self.step.other % len(values)
+        found = (v for v in values[start:] + values[:start] if v.name != self.x.name and accepted(v))
+        return next(found, self.x)
+
+
+Op = Callable[[At], Value]
+OPS: dict[str, Op] = {}
+
+
+def op(function: Op) -> Op:
+    """Adds an op to the table, under its function's name without the trailing underscore."""
+    name = function.__name__.rstrip("_")
+    if name in OPS:
+        raise ValueError(f"there already is an op {name!r}")
+    OPS[name] = function
+    return function
+
+
+def possible(sizes: Sizes) -> bool:
+    """Whether every size is one that a program may have."""
+    largest = LARGEST.get(len(sizes), 8)
+    return all(1 <= n <= largest for axis in sizes for n in axis)
