@@ -11,7 +11,6 @@ class FxrepError(Exception):
 
 #: Every refusal code and what it means. A reader or the algebra may use no other: a typo fails at import or at once.
 CODES: dict[str, str] = {
-    "assert-on-value": "an assertion reads the value itself",
     "batch-statistics": "a normalisation uses the statistics of the batch, which are not constants",
     "broadcast": "an operand would broadcast, so the operator is not one convolution per channel",
     "certificate-failed": "the fold did not reproduce the sub-graph it replaces: a bug in fxrep or in a reader",
@@ -25,7 +24,6 @@ CODES: dict[str, str] = {
     "net-pad": "the branches' kernels cannot be aligned: pad_lo + pad_hi - dilation*(kernel-1) differs",
     "not-affine": "the op is not an affine map of its input",
     "not-traceable": "the forward cannot be traced symbolically",
-    "output": "the value itself is returned by the network",
     "pad-value": "the padding value is not what the operator gives outside its input",
     "padding-mode": "two different paddings meet in one operator",
     "pads-over-bias": "zero padding meets a map that is not zero outside its input",

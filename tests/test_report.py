@@ -41,7 +41,7 @@ def test_header_counts_and_cost():
     assert text.startswith("fxrep: RepVGG\n")
     assert cells(text, "conv") == ["conv", "44", "22"]
     assert cells(text, "bn") == ["bn", "61", "0"]
-    assert cells(text, "predicted") == ["predicted", "time", "9.50", "ms", "5.00", "ms", "1.90x", "as", "fast"]
+    assert cells(text, "affine") == ["affine", "ops", "take", "9.50", "ms", "5.00", "ms", "1.90x", "as", "fast"]
 
 
 def test_a_count_that_stays_zero_is_left_out():

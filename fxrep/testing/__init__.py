@@ -3,7 +3,7 @@
     @given(st.data())
     def test_mine(data):
         network = data.draw(networks())
-        inputs = data.draw(inputs_for(network))
+        inputs = data.draw(inputs_for(network))  # new tensors each time they are unpacked: network(*inputs)
 
 A program is a list of steps in which every operand and option is an integer modulo what there is, so that any program is
 a valid network, and stays one when a step is left out: failing examples shrink to a few readable lines.
@@ -17,7 +17,7 @@ except ImportError:
     raise ImportError('fxrep.testing needs Hypothesis: pip install "fxrep[test]"') from None
 
 from fxrep.testing.program import Network, Program, decode
-from fxrep.testing.strategies import inputs_for, networks, programs
+from fxrep.testing.strategies import Inputs, inputs_for, networks, programs
 from fxrep.testing.writer import OPS, Step
 
-__all__ = ["OPS", "Network", "Program", "Step", "decode", "inputs_for", "networks", "programs"]
+__all__ = ["OPS", "Inputs", "Network", "Program", "Step", "decode", "inputs_for", "networks", "programs"]

@@ -417,7 +417,7 @@ def pool(at: At) -> Value:
     def resize(sizes: Sizes) -> Sizes:
         return tuple(tuple(_pooled(n, size, stride, pad, "ceil" in extra) for n in axis) for axis in sizes)
 
-    if not possible(resize(x.sizes)) or any(n + 2 * pad < size for axis in x.sizes for n in axis):
+    if not possible(resize(x.sizes)) or any(n < size for axis in x.sizes for n in axis):
         return x
     options = f"{size}, stride={stride}, padding={pad}" + (f", {extra}" if extra else "")
     if functional:

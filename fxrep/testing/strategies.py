@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Iterator
+from dataclasses import dataclass
 
 import torch
 from hypothesis import strategies as st
@@ -34,25 +35,23 @@ picks = st.lists(st.integers(0, 11), max_size=12).map(tuple)
 operands = st.sampled_from((0, 0, 0, 0, 0, 1, 1, 2, 3, 4, 6))
 
 
-def step(op: str, on: int | st.SearchStrategy[int] = 0, other: int | st.SearchStrategy[int] = 0,
-         first: tuple[int, ...] | None = None) -> st.SearchStrategy[Step]:  # fmt: skip
-    """A step of `op` whose choices are drawn, but for the `first` ones if they are told."""
-    choices = picks if first is None else picks.map(lambda rest: (*first, *rest))
-    return st.builds(Step, st.just(op), _strategy(on), _strategy(other), choices)
+@st.composite
+def step(draw: Draw, op: str, on: int | None = None, other: int | None = None, first: tuple[int, ...] = ()) -> Step:
+    """A step of `op`; what is not told is drawn, and so are the choices after the `first` ones."""
+    on, other = (draw(operands) if n is None else n for n in (on, other))
+    return Step(op, on, other, (*first, *draw(picks)))
 
 
-def _strategy(operand: int | st.SearchStrategy[int]) -> st.SearchStrategy[int]:
-    return st.just(operand) if isinstance(operand, int) else operand
-
-
-single = st.sampled_from(WEIGHTED).flatmap(lambda op: step(op, operands, operands)).map(lambda s: (s,))
+@st.composite
+def single(draw: Draw) -> tuple[Step, ...]:
+    return (draw(step(draw(st.sampled_from(WEIGHTED)))),)
 
 
 @st.composite
 def chain(draw: Draw) -> tuple[Step, ...]:
     """Ops in sequence. Two convolutions in a row meet as one does in published blocks: one is pointwise, and is first padded."""
     ops = draw(st.sampled_from(CHAINS))
-    return tuple(draw(step(op, draw(operands) if i == 0 else 0)) for i, op in enumerate(ops))
+    return tuple(draw(step(op, None if i == 0 else 0)) for i, op in enumerate(ops))
 
 
 @st.composite
@@ -75,7 +74,7 @@ def _branch(draw: Draw, on: int, stride: int, width: int) -> list[Step]:
     ops = draw(st.sampled_from(BRANCHES))
     steps = []
     for i, op in enumerate(ops):
-        first = None
+        first: tuple[int, ...] = ()
         if op in ("conv", "pool"):  # only the first of them strides and widens
             size, bias = draw(st.integers(0, 11)), draw(st.integers(0, 3))
             first = (size, bias, stride, width, 0) if "conv" not in ops[:i] and "pool" not in ops[:i] else (size, bias, 0, 0, 0)
@@ -88,9 +87,9 @@ def split(draw: Draw) -> tuple[Step, ...]:
     """The channels cut in two, each part worked on, and joined again."""
     at, way = draw(operands), draw(st.integers(0, 3))
     one, two = draw(st.sampled_from(BRANCHES)), draw(st.sampled_from(BRANCHES))
-    steps = [Step("piece", at, 0, (0, way)), *(draw(step(op)) for op in one)]
+    steps = [Step("piece", at, 0, (0, way)), *(draw(step(op, 0)) for op in one)]
     last = len(steps) - 1
-    steps += [Step("piece", at + len(steps), 0, (1, way)), *(draw(step(op)) for op in two)]
+    steps += [Step("piece", at + len(steps), 0, (1, way)), *(draw(step(op, 0)) for op in two)]
     return (*steps, draw(step("cat", 0, len(steps) - 1 - last)))
 
 
@@ -98,7 +97,7 @@ def split(draw: Draw) -> tuple[Step, ...]:
 def programs(draw: Draw, *, inputs: str | None = None, max_phrases: int = 5) -> Program:
     """Programs whose input is of the kind `inputs` (default: any of `rows`, `tokens`, `1d`, `2d`, `3d`)."""
     kind = draw(st.sampled_from(("2d", "2d", "1d", "3d", "tokens", "rows"))) if inputs is None else inputs
-    phrases = draw(st.lists(st.one_of(single, chain(), branches(), branches(), split()), max_size=max_phrases))
+    phrases = draw(st.lists(st.one_of(single(), chain(), branches(), branches(), split()), max_size=max_phrases))
     steps = [s for phrase in phrases for s in phrase]
     left_out = draw(st.lists(st.integers(0, 15), min_size=len(steps), max_size=len(steps)))
     return Program(
@@ -108,26 +107,41 @@ def programs(draw: Draw, *, inputs: str | None = None, max_phrases: int = 5) -> 
     )  # fmt: skip
 
 
-def networks(*, inputs: str | None = None, max_phrases: int = 5) -> st.SearchStrategy[Network]:
+@st.composite
+def networks(draw: Draw, *, inputs: str | None = None, max_phrases: int = 5) -> Network:
     """Networks in eval mode and float64, of every op that fxrep reads, with operands shared, reused and written in place.
 
     A network holds the `program` that it was decoded from, and prints as the source of a module. Its in-place ops may
     write into its inputs; run it under `torch.no_grad()`, on copies.
     """
-    return programs(inputs=inputs, max_phrases=max_phrases).map(decode)
+    return decode(draw(programs(inputs=inputs, max_phrases=max_phrases)))
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """Positional inputs as data, so that a failing example prints in a line. Unpacks into new tensors each time."""
+
+    shape: tuple[int, ...]
+    count: int = 1
+    seed: int = 0
+    channels_last: bool = False
+
+    def __iter__(self) -> Iterator[Tensor]:
+        generator = torch.Generator().manual_seed(self.seed)
+        for _ in range(self.count):
+            x = torch.randn(self.shape, generator=generator, dtype=torch.float64)
+            yield x.contiguous(memory_format=torch.channels_last) if self.channels_last else x
 
 
 @st.composite
-def inputs_for(draw: Draw, network: Network) -> tuple[Tensor, ...]:
-    """Positional inputs for `network`: batch and every spatial size are drawn anew, whichever the network was collapsed with."""
+def inputs_for(draw: Draw, network: Network) -> Inputs:
+    """Inputs for `network(*inputs)`: batch, spatial sizes, numbers and memory format."""
     program = network.program
-    batch = draw(st.integers(1, 3))
+    batch, channels = draw(st.integers(1, 3)), program.channels
     sizes = tuple(draw(st.integers(min(axis), max(axis))) for axis in INPUTS[program.input])
-    shape = (batch, *sizes, program.channels) if program.input == "tokens" else (batch, program.channels, *sizes)
-    generator = torch.Generator().manual_seed(draw(st.integers(0, 999)))
-    tensors = [torch.randn(shape, generator=generator, dtype=torch.float64) for _ in range(program.inputs)]
-    layout = draw(st.sampled_from((torch.contiguous_format, torch.channels_last)))
-    return tuple(t.contiguous(memory_format=layout) if t.ndim == 4 else t for t in tensors)
+    shape = (batch, *sizes, channels) if program.input == "tokens" else (batch, channels, *sizes)
+    channels_last = len(shape) == 4 and draw(st.sampled_from((False, False, True)))
+    return Inputs(shape, program.inputs, draw(st.integers(0, 999)), channels_last)
 
 
-__all__: list[Any] = ["inputs_for", "networks", "programs"]
+__all__ = ["Inputs", "inputs_for", "networks", "programs"]
