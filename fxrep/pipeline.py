@@ -92,8 +92,10 @@ class Pipeline:
 
     def _is_declined(self, refusal: Refusal) -> bool:
         """Whether a merge was in sight: an op that is affine in other circumstances, on an affine value."""
-        operands = self.nodes[refusal.node].all_input_nodes
-        return refusal.code != "not-affine" and any(o.name in self.readings.forms for o in operands)
+        node = self.nodes[refusal.node]
+        return refusal.code != "not-affine" and any(
+            n.name in self.readings.forms for n in (*node.all_input_nodes, *node.users)
+        )
 
     def _label(self, name: str) -> str:
         """The qualified name of a layer, else of the module whose forward made the node, and the node's name."""

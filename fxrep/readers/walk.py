@@ -17,7 +17,7 @@ from fxrep.errors import Illegal, Refusal
 from fxrep.form import AffineForm
 from fxrep.kernel import Kernel
 from fxrep.readers.registry import Call, Facts, find, find_shape_rule
-from fxrep.shapes import Shape, Size, multiplied, shifted
+from fxrep.shapes import Axis, Shape, Shapes, Size, multiplied, shifted
 
 SHAPE_ATTRIBUTES = ("shape", "ndim")
 OTHER_METADATA = ("dtype", "device", "is_cuda", "layout", "requires_grad", "is_quantized")
@@ -40,9 +40,19 @@ class Readings:
 
 
 def read_graph(graph: Graph, modules: dict[str, nn.Module], ranks: Mapping[str, int] | None = None) -> Readings:
-    """Reads every node, operands first. `ranks` gives the number of axes of placeholders, where it is known."""
-    facts = Facts(modules)
-    facts.shapes.ranks.update(ranks or {})
+    """Reads every node, operands first. `ranks` gives the number of axes of placeholders, where it is known.
+
+    What a later op tells of an earlier value (its channels, its axes) may let an earlier op be read: then once more.
+    """
+    first = _read_once(graph, modules, dict(ranks or {}), {})
+    known = first.facts.shapes
+    if not any(r.code in ("shape-unknown", "rank-unknown", "broadcast") for r in first.refusals.values()):
+        return first
+    return _read_once(graph, modules, known.ranks, known.sizes)
+
+
+def _read_once(graph: Graph, modules: dict[str, nn.Module], ranks: dict[str, int], sizes: dict[Axis, int]) -> Readings:
+    facts = Facts(modules, Shapes(ranks=ranks, sizes=sizes))
     found: dict[str, AffineForm] = {}
     refusals: dict[str, Refusal] = {}
     for node in graph.nodes:
