@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 from torch.fx import GraphModule
+from torch.nn.parameter import UninitializedParameter
 
 from fxrep.cost import Profile, profile_for
 from fxrep.errors import FxrepError, Refusal
@@ -66,18 +67,32 @@ def _untraceable(name: str, refusal: Refusal) -> Report:
 
 def _check_model(model: object) -> None:
     if isinstance(model, nn.Module):
+        _check_initialised(model)
         return
     if isinstance(model, Mapping):
         raise FxrepError(
             "got a state dict, not a model; build the model, call load_state_dict on it, and pass the model"
         )
+    if isinstance(model, type) and issubclass(model, nn.Module):
+        raise FxrepError(f"got the class {model.__name__}; pass an instance, {model.__name__}(...)")
     raise FxrepError(f"got {type(model).__name__}, not a torch.nn.Module; pass the model itself")
+
+
+def _check_initialised(model: nn.Module) -> None:
+    for name, parameter in model.named_parameters():
+        if isinstance(parameter, UninitializedParameter):
+            raise FxrepError(f"the lazy parameter {name} has no shape yet; run the model once on an input first")
 
 
 def _bind(model: nn.Module, example_inputs: Examples) -> dict[str, Any]:
     """The example inputs by the names of the forward's parameters."""
     if example_inputs is None:
         return {}
+    if not isinstance(example_inputs, (Tensor, tuple, list, Mapping)):
+        kind = type(example_inputs).__name__
+        raise FxrepError(
+            f"example_inputs is a {kind}; pass a tensor, a tuple of arguments or a dict of keyword arguments"
+        )
     signature = inspect.signature(model.forward)
     try:
         if isinstance(example_inputs, Mapping):
@@ -95,10 +110,10 @@ def _profile(model: nn.Module) -> Profile:
 
 def _finished(result: nn.Module, root: nn.Module, model: nn.Module, report: Report, inplace: bool) -> nn.Module:
     """Gives the result tensors of its own, the model's attributes, its hooks and the report."""
-    if not inplace:
-        own_tensors(result, model)
     if isinstance(result, GraphModule):
         carry_attributes(root, result)
         result.meta["_user_preserved_attributes"]["report"] = report
+    if not inplace:
+        own_tensors(result, model)
     result.report = report  # type: ignore[assignment]
     return result.eval()

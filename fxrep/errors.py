@@ -16,6 +16,7 @@ CODES: dict[str, str] = {
     "certificate-failed": "the fold did not reproduce the sub-graph it replaces: a bug in fxrep or in a reader",
     "costs-more": "the merged operator is predicted slower than the parts",
     "device-mismatch": "the parameters live on different devices",
+    "dtype-unknown": "the folded weights would be constants of a dtype that nothing tells",
     "dynamic-padding": "the padding depends on the input's size",
     "hooked": "a forward hook looks at, or may change, the module's input or output",
     "layout": "the operands act on different channel axes",

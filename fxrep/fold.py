@@ -52,11 +52,16 @@ class Folded:
         return replace(self, weight=weight, bias=bias)
 
 
-def fold(emit: Emit) -> Folded:
-    """Evaluates the emit's kernels. Raises Illegal where its parameters live on several devices."""
+def fold(emit: Emit, default: Like | None = None) -> Folded:
+    """Evaluates the emit's kernels; `default` is what weights without any parameter in them should be like.
+
+    Raises Illegal where the parameters live on several devices, or where there are none and no default.
+    """
     weight = emit.gain if emit.operator is None else emit.operator.weight
     bias = emit.bias if emit.operator is None else emit.operator.bias
-    like = _like([leaf.tensor for leaf in K.leaves(weight, bias)])
+    like = default if emit.is_pass else _like([leaf.tensor for leaf in K.leaves(weight, bias)], default)
+    if like is None:
+        raise Illegal("dtype-unknown", "its weights would be constants, and no parameter says of which dtype")
     with torch.no_grad():
         w, b = (None if k is None else _own(K.evaluate(k).to(like.device), k) for k in (weight, bias))
         if w is not None and emit.operator is not None and emit.operator.transposed:
@@ -71,11 +76,19 @@ def _own(value: Tensor, kernel: K.Kernel) -> Tensor:
     return value.clone() if value.untyped_storage().data_ptr() in storages else value
 
 
-def _like(tensors: list[Tensor]) -> Like:
+def like_of(model: nn.Module) -> Like | None:
+    """The dtype and device of a model's floating-point parameters, if all have one."""
+    kinds = {(p.dtype, p.device) for p in model.parameters() if p.is_floating_point()}
+    return Like(*next(iter(kinds)), channels_last=False, trainable=False) if len(kinds) == 1 else None
+
+
+def _like(tensors: list[Tensor], default: Like | None) -> Like | None:
     devices = {t.device for t in tensors}
     if len(devices) > 1:
         raise Illegal("device-mismatch", f"the parameters live on {', '.join(sorted(map(str, devices)))}")
-    first = max(tensors, key=lambda t: t.ndim, default=torch.zeros(()))  # the convolution's weight, if there is one
+    if not tensors:
+        return default
+    first = max(tensors, key=lambda t: t.ndim)  # the convolution's weight, if there is one
     last = first.ndim == 4 and first.is_contiguous(memory_format=torch.channels_last) and not first.is_contiguous()
     return Like(first.dtype, first.device, last, any(t.requires_grad for t in tensors))
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -25,26 +25,25 @@ class Ledger:
     """Counts who still needs each tensor of a model that is collapsed in place, and frees it after its last use."""
 
     def __init__(
-        self, root: nn.Module, nodes: Mapping[str, Node], modules: Mapping[str, nn.Module], plan: Plan
-    ) -> None:
-        self.root, self.nodes, self.modules = root, nodes, modules
+        self, root: nn.Module, nodes: Mapping[str, Node], modules: Mapping[str, nn.Module], plan: Plan,
+        constants: Collection[str],
+    ) -> None:  # fmt: skip
+        self.root, self.nodes, self.modules, self.constants = root, nodes, modules, constants
         self.regions = {d.node: self._tensors((*d.inlined, d.node)) for d in plan.decisions.values()}
-        self.uses = Counter(id(t) for region in self.regions.values() for t in region)
-        self.kept = {
-            id(t) for t in self._tensors(n for n in nodes if n not in plan.removed and n not in plan.decisions)
-        }
+        self.uses = Counter(m for region in self.regions.values() for m in {_memory(t) for t in region})
+        settled = {*plan.removed, *plan.decisions, *constants}
+        elsewhere = (n for n in nodes if n not in settled)
+        self.kept = {_memory(t) for t in self._tensors(elsewhere)}
 
     def keep(self, decision: Decision) -> None:
         """The decision was not installed: what it stands for goes on being computed."""
-        self.kept |= {id(t) for t in self.regions[decision.node]}
+        self.kept |= {_memory(t) for t in self.regions[decision.node]}
 
     def settle(self, decision: Decision, folded: Iterable[Folded]) -> list[Folded]:
         """The decision is done: puts its numbers into tensors that it frees, where they fit, and lets the others go."""
-        free = []
-        for tensor in self.regions[decision.node]:
-            self.uses[id(tensor)] -= 1
-            if not self.uses[id(tensor)] and id(tensor) not in self.kept:
-                free.append(tensor)
+        region = self.regions[decision.node]
+        self.uses.subtract({_memory(t) for t in region})
+        free = [t for t in region if not self.uses[_memory(t)] and _memory(t) not in self.kept]
         result = [_into(f, free) for f in folded]
         for tensor in free:
             tensor.data = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
@@ -57,24 +56,36 @@ class Ledger:
             if node.op == "call_module":
                 module = self.modules[str(node.target)]
                 found |= {id(t): t for t in (*module.parameters(), *module.buffers())}
-            for operand in (node, *node.all_input_nodes):
-                if operand.op == "get_attr" and isinstance(t := _attribute(self.root, str(operand.target)), Tensor):
-                    found[id(t)] = t
+            found |= {id(t): t for t in self._constants(node)}
         return list(found.values())
+
+    def _constants(self, node: Node) -> Iterable[Tensor]:
+        """The parameters from which the node's constant operands are computed."""
+        todo = [node]
+        while todo:
+            current = todo.pop()
+            todo += [n for n in current.all_input_nodes if n.name in self.constants]
+            if current.op == "get_attr" and isinstance(t := _attribute(self.root, str(current.target)), Tensor):
+                yield t
 
 
 def _into(folded: Folded, free: list[Tensor]) -> Folded:
-    """The same numbers, in the memory of a freed tensor of their shape if there is one."""
-    weight = folded.weight
+    """The same numbers, in the memory of a freed tensor of their kind if there is one."""
+    shared = Counter(_memory(t) for t in free)
     for i, tensor in enumerate(free):
-        if weight is not None and (tensor.shape, tensor.dtype, tensor.device) == (
-            weight.shape,
-            weight.dtype,
-            weight.device,
-        ):
+        if folded.weight is not None and _kind(tensor) == _kind(folded.weight) and shared[_memory(tensor)] == 1:
             del free[i]
-            return replace(folded, weight=tensor.detach().copy_(weight))
+            return replace(folded, weight=tensor.detach().copy_(folded.weight))
     return folded
+
+
+def _kind(tensor: Tensor) -> tuple[object, ...]:
+    return tensor.shape, tensor.dtype, tensor.device, tensor.stride()
+
+
+def _memory(tensor: Tensor) -> int:
+    """What identifies the memory that a tensor occupies; two parameters may share one."""
+    return tensor.untyped_storage().data_ptr() or id(tensor)
 
 
 def _attribute(root: nn.Module, target: str) -> Any:
@@ -112,7 +123,7 @@ def carry_attributes(root: nn.Module, result: GraphModule) -> None:
     plain = vars(nn.Module())
     carried = {
         name: attribute for name, attribute in vars(root).items()
-        if name not in plain and not hasattr(result, name) and not isinstance(attribute, (Tensor, nn.Module))
+        if name not in plain and not hasattr(result, name) and not isinstance(attribute, nn.Module)
     }  # fmt: skip
     for name, attribute in carried.items():
         setattr(result, name, attribute)

@@ -12,14 +12,14 @@ from torch.fx import Graph, GraphModule, Node
 from fxrep.census import census, planned
 from fxrep.certify import certify
 from fxrep.cost import Profile
-from fxrep.errors import Illegal, Refusal
-from fxrep.fold import Folded, fold
+from fxrep.errors import FxrepError, Illegal, Refusal
+from fxrep.fold import Folded, fold, like_of
 from fxrep.mutation import drop_identities, functionalize
 from fxrep.ownership import Ledger
 from fxrep.plan import Decision, Plan, Problem, make_plan
 from fxrep.readers import Readings, read_graph
 from fxrep.report import Collapse, Report
-from fxrep.rewrite import Rewriter, is_bypass, scope_of, settles
+from fxrep.rewrite import Rewriter, is_bypass, layer_names, scope_of, settles
 from fxrep.trace import Traced
 
 
@@ -27,24 +27,24 @@ class Pipeline:
     """A traced model, read and planned; `rewrite` carries the plan out."""
 
     def __init__(self, name: str, traced: Traced, examples: Mapping[str, Any], profile: Profile) -> None:
-        self.name, self.traced, self.graph, self.modules = name, traced, traced.graph, traced.modules
+        self.name, self.traced, self.graph, self.modules = name, traced, traced.graph, dict(traced.modules)
         self.before = census(self.graph, self.modules)
         drop_identities(self.graph, self.modules)
         pinned = functionalize(self.graph, self.modules)
         shapes = _example_shapes(self.graph, examples)
         self.readings = read_graph(self.graph, self.modules, {name: len(shape) for name, shape in shapes.items()})
         self.nodes: dict[str, Node] = {n.name: n for n in self.graph.nodes}
+        _check_examples(self.readings, shapes)
+        self.like = like_of(traced.root)
         self.plan = make_plan(_problem(self.graph, self.readings, pinned, shapes), profile)
 
     def explain(self) -> Report:
         """The report of the plan, with nothing folded and so nothing certified."""
-        return self._report(
-            self.plan, (), planned(self.graph, self.modules, self.plan, self.readings.facts.scalars), {}
-        )
+        return self._report(self.plan, (), planned(self.graph, self.modules, self.plan, self.readings.facts.scalars))
 
     def rewrite(self, inplace: bool = False) -> tuple[GraphModule, Report]:
         """Folds and certifies every decision, one region at a time, and writes what passed."""
-        ledger = Ledger(self.traced.root, self.nodes, self.modules, self.plan) if inplace else None
+        ledger = self._ledger() if inplace else None
         plan, refused = self.plan, []
         folded: dict[int, Folded] = {}
         for decision in self.plan.decisions.values():
@@ -60,25 +60,25 @@ class Pipeline:
         rewriter = Rewriter(self.graph, plan, self.readings, self.modules, folded)
         collapsed = rewriter.write(self.name)
         after = census(collapsed.graph, dict(collapsed.named_modules()), self.readings.facts.scalars)
-        return collapsed, self._report(
-            plan, refused, after, {replaced[-1]: n for n, replaced in rewriter.layers.items()}
-        )
+        return collapsed, self._report(plan, refused, after)
+
+    def _ledger(self) -> Ledger:
+        return Ledger(self.traced.root, self.nodes, self.modules, self.plan, self.readings.facts.constants)
 
     def _fold(self, decision: Decision) -> list[Folded] | Refusal:
         """The decision's numbers in float64, certified."""
         try:
-            numbers = [fold(e) for e in decision.recipe.emits]
+            numbers = [fold(e, self.like) for e in decision.recipe.emits]
         except Illegal as illegal:
             return Refusal(decision.node, illegal.code, illegal.reason, illegal.hint)
         return certify(decision, {id(f.emit): f for f in numbers}, self.nodes, self.readings) or numbers
 
-    def _report(
-        self, plan: Plan, refused: Sequence[Refusal], after: dict[str, int], layers: Mapping[str, str]
-    ) -> Report:
-        """The plan in the user's names; `layers` names the new layer of a decision."""
+    def _report(self, plan: Plan, refused: Sequence[Refusal], after: dict[str, int]) -> Report:
+        """The plan in the user's names."""
+        names = layer_names(plan, self.nodes, self.traced.modules)
         collapses = tuple(
             Collapse(
-                layers.get(d.node, self._label(d.node)),
+                next((names[id(e)] for e in d.recipe.emits if not e.is_pass), self._label(d.node)),
                 tuple(self._label(i) for i in (*d.inlined, d.node)),
                 d.recipe.describe(),
                 d.seconds_before - d.seconds_after,
@@ -115,6 +115,20 @@ def _example_shapes(graph: Graph, examples: Mapping[str, Any]) -> dict[str, tupl
     """The shapes of the example inputs, by the names of their placeholders."""
     inputs = {n.name: examples.get(str(n.target)) for n in graph.nodes if n.op == "placeholder"}
     return {name: tuple(t.shape) for name, t in inputs.items() if isinstance(t, Tensor)}
+
+
+def _check_examples(readings: Readings, examples: Mapping[str, tuple[int, ...]]) -> None:
+    """Raises FxrepError where an op of the network refuses an example input."""
+    shapes = readings.facts.shapes
+    for name, given in examples.items():
+        if name in shapes.conflicts:
+            raise FxrepError(
+                f"example_inputs: {name} has {len(given)} axes; the network takes {shapes.conflicts[name]}"
+            )
+        for axis, size in shapes.sizes.items():
+            if axis.root == name and -axis.index <= len(given) and given[axis.index] != size:
+                fact = f"{given[axis.index]} at axis {axis.index} of its shape {given}"
+                raise FxrepError(f"example_inputs: {name} has {fact}; the network takes {size}")
 
 
 def _problem(graph: Graph, readings: Readings, pinned: set[str], examples: dict[str, tuple[int, ...]]) -> Problem:

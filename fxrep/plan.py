@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 
+from fxrep import kernel as K
 from fxrep.cost import Profile, duration
 from fxrep.errors import Illegal, Refusal
 from fxrep.form import AffineForm
@@ -78,6 +79,11 @@ class _Candidate:
     steps: int
 
 
+def _is_float(recipe: Recipe) -> bool:
+    """Whether the result is certainly a float: scales of plain numbers might act on integers."""
+    return recipe.convolutions > 0 or any(True for e in recipe.emits for _ in K.leaves(e.gain, e.bias))
+
+
 class _State:
     """The plan while it is made."""
 
@@ -109,7 +115,11 @@ class _State:
         for candidate in self._candidates(node):
             saved = now[0] + sum(self.seconds[g] for g in candidate.gone) - candidate.seconds
             fewer = now[1] + sum(self._steps(self.recipes[g]) for g in candidate.gone) - candidate.steps
-            if fewer < 0 or candidate.recipe.convolutions > self._convolutions(node, candidate.gone):
+            if (
+                fewer < 0
+                or not _is_float(candidate.recipe)
+                or candidate.recipe.convolutions > self._convolutions(node, candidate.gone)
+            ):
                 continue  # an operator distributed over a sum or a concatenation: more layers, for an addition saved
             tie = abs(saved) <= TOLERANCE * max(now[0], candidate.seconds)
             worth = (0.0, fewer) if tie else (saved, fewer)

@@ -12,10 +12,8 @@ import torch.nn.functional as F
 from torch import nn
 from torch.fx import Graph, GraphModule, Node
 
-from fxrep import kernel as K
 from fxrep import mutation
 from fxrep.fold import Folded, layer_of, pad_arguments, pad_mode, scale_of
-from fxrep.form import Anchor
 from fxrep.lower import Emit, needs_explicit_pad
 from fxrep.plan import Decision, Plan
 from fxrep.readers import Readings
@@ -37,13 +35,12 @@ class Rewriter:
     new: Graph = field(default_factory=Graph)
     env: dict[Node, Any] = field(default_factory=dict)
     ours: set[Node] = field(default_factory=set)
-    layers: dict[str, tuple[str, ...]] = field(default_factory=dict)
     droppable: list[Node] = field(default_factory=list)
 
     def write(self, class_name: str) -> GraphModule:
         """The collapsed module, over the modules and tensors that are still called."""
         self.nodes = {n.name: n for n in self.old.nodes}
-        self.leaves = {str(n.target) for n in self.old.nodes if n.op == "call_module"}
+        self.names = layer_names(self.plan, self.nodes, self.modules)
         self.new._codegen = self.old._codegen
         self.guarded = self._assumptions()
         for node in self.old.nodes:
@@ -114,61 +111,57 @@ class Rewriter:
         return bool(missing) and is_bypass(node, self.readings)
 
     def _decision(self, node: Node, decision: Decision) -> Node:
-        replaced = (*decision.inlined, decision.node)
-        scope = self._scope([self.nodes[r] for r in replaced])
-        parts = [self._sum(part, decision, scope, replaced) for part in decision.recipe.parts]
+        parts = [self._sum(part, decision) for part in decision.recipe.parts]
         if len(parts) == 1:
             return parts[0]
         return self._call(torch.cat, (parts, -(decision.recipe.dims or 0) - 1))
 
-    def _sum(self, part: tuple[Emit, ...], decision: Decision, scope: str, replaced: tuple[str, ...]) -> Node:
+    def _sum(self, part: tuple[Emit, ...], decision: Decision) -> Node:
         total = None
         for emit in part:
-            term = self._emit(self.folded[id(emit)], decision.recipe.dims or 0, scope, replaced)
+            term = self._emit(self.folded[id(emit)], decision)
             total = term if total is None else self._call(operator.add, (total, term))
         assert total is not None
         return total
 
-    def _emit(self, folded: Folded, dims: int, scope: str, replaced: tuple[str, ...]) -> Node:
-        x = self._anchor(folded.emit.anchor, dims, scope)
+    def _emit(self, folded: Folded, decision: Decision) -> Node:
+        x = self._anchor(folded, decision)
         if folded.emit.is_pass:
             return x
         if folded.emit.operator is None:
-            return self._scale(folded, x, dims, scope, replaced)
+            return self._scale(folded, x, decision)
         operator_ = folded.emit.operator
         if needs_explicit_pad(operator_):
             mode = pad_mode(operator_)
             value = folded.fill if mode == "constant" else None
             x = self._call(F.pad, (x, pad_arguments(operator_)), {"mode": mode, "value": value})
-        name = self._install(layer_of(folded), scope, replaced)
+        name = self._install(layer_of(folded), folded.emit, decision)
         called = self.new.call_module(name, (x,))
         self.ours.add(called)
         return called
 
-    def _anchor(self, anchor: Anchor, dims: int, scope: str) -> Node:
+    def _anchor(self, folded: Folded, decision: Decision) -> Node:
+        anchor = folded.emit.anchor
         value: Node = self.env[self.nodes[anchor.source]]
         if anchor.rows is None:
             return value
-        rows, axis = anchor.rows, -dims - 1
+        rows, axis = anchor.rows, -(decision.recipe.dims or 0) - 1
         if rows == tuple(range(rows[0], rows[0] + len(rows))):
             return self.new.call_function(torch.narrow, (value, axis, rows[0], len(rows)))
         holder = nn.Module()
-        holder.register_buffer("index", torch.tensor(rows))
-        index = self.new.get_attr(f"{self._install(holder, scope, ())}.index")
-        return self._call(torch.index_select, (value, axis, index))
+        holder.register_buffer("index", torch.tensor(rows, device=folded.like.device))
+        path = f"{self.names[id(folded.emit)]}_rows"
+        self.modules[path] = holder
+        return self._call(torch.index_select, (value, axis, self.new.get_attr(f"{path}.index")))
 
-    def _scale(self, folded: Folded, x: Node, dims: int, scope: str, replaced: tuple[str, ...]) -> Node:
+    def _scale(self, folded: Folded, x: Node, decision: Decision) -> Node:
         """γ·x + β in one operator: addcmul where both are there."""
-        gain, bias = folded.weight, folded.bias
-        if bias is None and isinstance(folded.emit.gain, K.Constant):
-            return self._call(operator.mul, (x, folded.emit.gain.value))
-        if gain is None and isinstance(folded.emit.bias, K.Constant):
-            return self._call(operator.add, (x, folded.emit.bias.value))
+        gain, bias, dims = folded.weight, folded.bias, decision.recipe.dims or 0
         holder = nn.Module()
         for name, vector in (("weight", gain), ("bias", bias)):
             if vector is not None:
                 holder.register_parameter(name, scale_of(vector, folded, dims))
-        path = self._install(holder, scope, replaced)
+        path = self._install(holder, folded.emit, decision)
         named = {name: self.new.get_attr(f"{path}.{name}") for name, _ in holder.named_parameters()}
         if len(named) == 2:
             return self._call(torch.addcmul, (named["bias"], x, named["weight"]))
@@ -183,28 +176,11 @@ class Rewriter:
         self.ours.add(node)
         return node
 
-    def _install(self, module: nn.Module, scope: str, replaced: tuple[str, ...]) -> str:
-        """Registers a new module as `scope.reparam`, numbered where the name is taken."""
-        stem = f"{scope}.reparam" if scope else "reparam"
-        name, number = stem, 0
-        while name in self.modules or hasattr(self.modules.get(scope), name.rpartition(".")[2]):
-            number += 1
-            name = f"{stem}_{number}"
+    def _install(self, module: nn.Module, emit: Emit, decision: Decision) -> str:
+        name, replaced = self.names[id(emit)], (*decision.inlined, decision.node)
+        setattr(module, PROVENANCE, replaced)
         self.modules[name] = module.eval()
-        if replaced:
-            setattr(module, PROVENANCE, replaced)
-            self.layers[name] = replaced
         return name
-
-    def _scope(self, nodes: list[Node]) -> str:
-        """The innermost module that encloses all of `nodes` and is no layer itself."""
-        paths = [scope_of(n).split(".") for n in nodes]
-        common: list[str] = []
-        for level in zip(*paths, strict=False):
-            if len(set(level)) > 1 or ".".join([*common, level[0]]) in self.leaves:
-                break
-            common.append(level[0])
-        return ".".join(common)
 
     def _metadata(self, node: Node) -> Any:
         """A size of a value that is no longer computed: known, or computed from a value that is."""
@@ -238,6 +214,33 @@ class Rewriter:
             return self.modules[target]
         owner, _, name = target.rpartition(".")
         return getattr(self.modules[owner], name)
+
+
+def layer_names(plan: Plan, nodes: Mapping[str, Node], modules: Mapping[str, nn.Module]) -> dict[int, str]:
+    """By emit: the qualified name of its new layer, `reparam` in the innermost module that encloses all it replaces."""
+    leaves = {str(n.target) for n in nodes.values() if n.op == "call_module"}
+    taken, names = set(modules), {}
+    for decision in plan.decisions.values():
+        scope = _common_scope([nodes[r] for r in (*decision.inlined, decision.node)], leaves)
+        stem = f"{scope}.reparam" if scope else "reparam"
+        for emit in decision.recipe.emits:
+            numbered = (stem, *(f"{stem}_{i}" for i in range(1, len(taken) + 2)))
+            name = next(n for n in numbered if n not in taken and not hasattr(modules.get(scope), n.rpartition(".")[2]))
+            if not emit.is_pass:
+                taken.add(name)
+            names[id(emit)] = name
+    return names
+
+
+def _common_scope(nodes: list[Node], leaves: set[str]) -> str:
+    """The innermost module that encloses all of `nodes` and is no layer itself."""
+    paths = [scope_of(n).split(".") for n in nodes]
+    common: list[str] = []
+    for level in zip(*paths, strict=False):
+        if len(set(level)) > 1 or ".".join([*common, level[0]]) in leaves:
+            break
+        common.append(level[0])
+    return ".".join(common)
 
 
 def scope_of(node: Node) -> str:

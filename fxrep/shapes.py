@@ -80,6 +80,8 @@ class Shapes:
     of: dict[str, Shape] = field(default_factory=dict)
     ranks: dict[str, int] = field(default_factory=dict)
     sizes: dict[Axis, int] = field(default_factory=dict)
+    #: by root: the number of axes that an op asked for although another was known
+    conflicts: dict[str, int] = field(default_factory=dict)
 
     def rank(self, shape: Shape) -> int | None:
         if shape.root is None:
@@ -88,8 +90,8 @@ class Shapes:
 
     def require_rank(self, shape: Shape, rank: int) -> None:
         """An op that takes only `rank` axes accepted this value."""
-        if shape.root is not None:
-            self.ranks.setdefault(shape.root, rank)
+        if shape.root is not None and self.ranks.setdefault(shape.root, rank) != rank:
+            self.conflicts[shape.root] = rank
 
     def dim(self, shape: Shape, index: int) -> Dim | None:
         """Axis `index` (negative), or None where it is before the first axis."""

@@ -417,7 +417,7 @@ def pool(at: At) -> Value:
     def resize(sizes: Sizes) -> Sizes:
         return tuple(tuple(_pooled(n, size, stride, pad, "ceil" in extra) for n in axis) for axis in sizes)
 
-    if not possible(resize(x.sizes)) or any(n < size for axis in x.sizes for n in axis):
+    if not possible(resize(x.sizes)):
         return x
     options = f"{size}, stride={stride}, padding={pad}" + (f", {extra}" if extra else "")
     if functional:
@@ -428,6 +428,8 @@ def pool(at: At) -> Value:
 
 
 def _pooled(n: int, size: int, stride: int, pad: int, ceil: bool) -> int:
+    if n < size:  # torch refuses such maps, whatever the padding
+        return 0
     steps, rest = divmod(n + 2 * pad - size, stride)
     if ceil and rest and (steps + 1) * stride < n + pad:  # a window may not begin in the padding
         steps += 1
