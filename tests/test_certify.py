@@ -1,0 +1,159 @@
+"""The certificate: a fold that is wrong is caught before it is installed, whoever's reader it came from."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+import torch.nn.functional as F
+from blocks import conv_bn, image
+from helpers import error_against_original, randomise, relative_error
+from torch import Tensor, nn
+
+import fxrep
+from fxrep import kernel as K
+from fxrep.readers import Call, convolution, pooling, registry
+
+REALLY: list[Callable[[Tensor], Tensor]] = []
+
+
+def private_op(x: Tensor) -> Tensor:
+    """An op that no reader of the package knows; the test says what it does."""
+    return REALLY[-1](x)
+
+
+torch.fx.wrap("private_op")
+
+
+class Net(nn.Module):
+    """Two chains that collapse, and the private op at the end of the first."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = conv_bn(3, padding=1), conv_bn(4, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.second(private_op(self.first(x)).relu())
+
+
+@pytest.fixture
+def read_as() -> Iterator[Callable[..., None]]:
+    """Registers a reader of the private op for one test, and says what the op really does."""
+    known = set(registry.registered())
+
+    def register(read: Callable[[Call], object], really: Callable[[Tensor], Tensor]) -> None:
+        fxrep.reader(private_op)(read)
+        REALLY.append(really)
+
+    yield register
+    REALLY.clear()
+    for target in set(registry.registered()) - known:
+        del registry._READERS[target]
+
+
+def doubled(at: Call) -> object:
+    return at.operand().scale(K.Constant((), 2.0))
+
+
+def test_a_right_reader_is_believed(read_as: Callable[..., None]):
+    read_as(doubled, lambda x: 2 * x)
+    model = Net()
+    result = fxrep.reparameterize(model)
+    assert error_against_original(result, model, image()) < 1e-12
+    assert [len(c.replaced) for c in result.report.collapses] == [3, 2]
+    assert not result.report.refusals
+
+
+WRONG = {
+    "another gain": lambda x: 2.001 * x,
+    "a shift": lambda x: 2 * x + 0.01,
+    "a small bend": lambda x: 2 * x + 1e-4 * x.square(),
+    "a corner": lambda x: 2 * x + 1e-3 * F.pad(x[..., :1, :1], (0, x.shape[-1] - 1, 0, x.shape[-2] - 1)),
+    "a border": lambda x: 2 * F.pad(x[..., 1:-1, 1:-1], (1, 1, 1, 1)),
+    "one channel": lambda x: torch.cat([2 * x[:, :-1], 2.01 * x[:, -1:]], 1),
+    "two channels swapped": lambda x: 2 * x[:, [1, 0, *range(2, x.shape[1])]],
+    "odd rows": lambda x: 2 * x * (1 + 1e-3 * (torch.arange(x.shape[-2]) % 2).to(x)[:, None]),
+    "another size": lambda x: 2 * F.pad(x, (0, 1)),
+    "nothing that is a number": lambda x: 2 * x * float("nan"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("inplace", [False, True], ids=["copied", "in place"])
+@pytest.mark.parametrize("really", WRONG.values(), ids=WRONG)
+def test_a_wrong_reader_is_caught(read_as: Callable[..., None], really: Callable[[Tensor], Tensor], inplace: bool):
+    """Its fold is left out and told; the rest collapses, and the result is equal."""
+    read_as(doubled, really)
+    model = Net().eval()
+    expected = model(image())
+    result = fxrep.reparameterize(model, inplace=inplace)
+    got = result(image())
+    assert torch.equal(got.isnan(), expected.isnan())
+    assert relative_error(got.nan_to_num(), expected.nan_to_num()) < 1e-12
+    told = [r for r in result.report.refusals if r.code == "certificate-failed"]
+    assert len(told) == 1
+    assert "private_op" in told[0].node
+    assert "bug" in told[0].reason + told[0].hint
+    assert not any("private_op" in name for c in result.report.collapses for name in c.replaced)
+    assert {"second.0", "second.1"} in [set(c.replaced) for c in result.report.collapses]
+    assert "certificate-failed" in str(result.report)
+
+
+def test_a_fold_that_cannot_be_run_is_left_out(read_as: Callable[..., None]):
+    def fails_on_small_maps(x: Tensor) -> Tensor:
+        if x.shape[-1] < 14:
+            raise ValueError("the map is too small")
+        return 2 * x
+
+    read_as(doubled, fails_on_small_maps)
+    model = Net()
+    result = fxrep.reparameterize(model)
+    assert error_against_original(result, model, image()) < 1e-12
+    told = [r for r in result.report.refusals if r.code == "certificate-failed"]
+    assert [("private_op" in r.node, "too small" in r.reason) for r in told] == [(True, True)]
+
+
+def test_a_reader_that_fails_takes_nothing_down(read_as: Callable[..., None]):
+    """Every module that runs is accepted, whatever a plug-in does."""
+
+    def fails(at: Call) -> object:
+        raise ZeroDivisionError("division by zero")
+
+    read_as(fails, lambda x: 2 * x)
+    model = Net()
+    result = fxrep.reparameterize(model)
+    assert error_against_original(result, model, image()) < 1e-12
+    assert result.report.after["bn"] == 0
+    assert [r for r in result.report.refusals if "private_op" in r.node and "division by zero" in r.reason]
+
+
+@pytest.mark.parametrize(
+    ("target", "wrong"),
+    [
+        (nn.BatchNorm2d, lambda at, bn: at.operand().scale(K.Leaf.of(bn.weight), dims=2)),
+        (nn.Conv2d, lambda at, conv: convolution.read_conv(at, without_bias(conv))),
+        (nn.AvgPool2d, lambda at, pool: pooling.read_avg_pool(at, including_the_padding(pool))),
+    ],
+    ids=["batch norm without statistics", "conv without its bias", "average over the padding"],
+)
+def test_a_mistake_in_a_reader_of_ours_is_caught(
+    monkeypatch: pytest.MonkeyPatch, target: type, wrong: Callable[..., object]
+):
+    monkeypatch.setitem(registry._READERS, target, wrong)
+    pool = nn.AvgPool2d(3, 1, padding=1, count_include_pad=False)
+    conv = nn.Conv2d(3, 4, 3, bias=True)
+    model = randomise(nn.Sequential(conv, nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 4, 1, bias=False), pool)).double()
+    result = fxrep.reparameterize(model)
+    assert error_against_original(result, model, image()) < 1e-12
+    assert "certificate-failed" in {r.code for r in result.report.refusals}
+
+
+def without_bias(conv: nn.Conv2d) -> nn.Conv2d:
+    """The tutorials' own fold drops it."""
+    other = nn.Conv2d(conv.in_channels, conv.out_channels, conv.kernel_size, conv.stride, conv.padding, bias=False)
+    other.weight = conv.weight
+    return other
+
+
+def including_the_padding(pool: nn.AvgPool2d) -> nn.AvgPool2d:
+    return nn.AvgPool2d(pool.kernel_size, pool.stride, pool.padding, count_include_pad=True)
