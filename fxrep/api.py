@@ -90,9 +90,7 @@ def _bind(model: nn.Module, example_inputs: Examples) -> dict[str, Any]:
         return {}
     if not isinstance(example_inputs, (Tensor, tuple, list, Mapping)):
         kind = type(example_inputs).__name__
-        raise FxrepError(
-            f"example_inputs is a {kind}; pass a tensor, a tuple of arguments or a dict of keyword arguments"
-        )
+        raise FxrepError(f"example_inputs is a {kind}; pass a tensor, a tuple or a dict of arguments")
     signature = inspect.signature(model.forward)
     try:
         if isinstance(example_inputs, Mapping):

@@ -31,6 +31,7 @@ CODES: dict[str, str] = {
     "pads-over-taps": "padding cuts through taps that the composed operator would compute",
     "pool-border": "the average divides by a varying count at the border",
     "rank-unknown": "the number of dimensions decides the channel axis, and it is not known",
+    "reader-failed": "the reader of the op raised an exception: a bug in the reader",
     "shape-unknown": "the sizes that decide the meaning of the op are not known",
     "shared": "the value has other readers, and computing it for each costs more",
     "stride": "the branches have different strides",

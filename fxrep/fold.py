@@ -89,7 +89,9 @@ def _like(tensors: list[Tensor], default: Like | None) -> Like | None:
     if not tensors:
         return default
     first = max(tensors, key=lambda t: t.ndim)  # the convolution's weight, if there is one
-    last = first.ndim == 4 and first.is_contiguous(memory_format=torch.channels_last) and not first.is_contiguous()
+    last = any(
+        t.ndim == 4 and t.is_contiguous(memory_format=torch.channels_last) and not t.is_contiguous() for t in tensors
+    )
     return Like(first.dtype, first.device, last, any(t.requires_grad for t in tensors))
 
 

@@ -267,7 +267,8 @@ def _common_parts(f: AffineForm, g: AffineForm) -> tuple[tuple[Part, ...], tuple
     if len(f.parts) == len(g.parts) == 1:
         return f.parts, g.parts
     known = [_bounds(h.parts) for h in (f, g) if len(h.parts) > 1]
-    if len({b[-1] for b in known}) > 1:
+    widths = {b[-1] for b in known} | {h.channels for h in (f, g) if h.channels is not None}
+    if len(widths) > 1:
         raise Illegal("broadcast", "concatenations of different numbers of channels are added")
     bounds = sorted({b for one in known for b in one})
     ranges = [tuple(range(lo, hi)) for lo, hi in pairwise(bounds)]

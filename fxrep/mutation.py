@@ -8,12 +8,15 @@ from __future__ import annotations
 
 import copy
 import operator
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.fx import Graph, Node
+
+from fxrep.readers import is_hooked
 
 OPERATORS = {
     operator.iadd: operator.add, operator.isub: operator.sub, operator.imul: operator.mul,
@@ -48,15 +51,21 @@ SAME_ENTRIES: tuple[Any, ...] = (
     "alias", *IDENTITY_MODULES,
     torch.nn.functional.dropout, torch.nn.functional.dropout2d, torch.dropout,
 )  # fmt: skip
-#: Ops whose result may share memory with the operand, in another arrangement.
-VIEWS: tuple[Any, ...] = (
-    "view", "reshape", torch.reshape, "flatten", torch.flatten, nn.Flatten, nn.Unflatten, "transpose", torch.transpose,
-    "permute", torch.permute, "squeeze", torch.squeeze, "unsqueeze", torch.unsqueeze, "expand", "expand_as",
-    torch.broadcast_to, "chunk", torch.chunk, "split", torch.split, "narrow", torch.narrow, "select", torch.select,
-    "unbind", torch.unbind, operator.getitem, "unfold", "diagonal", torch.diagonal, "swapaxes", torch.swapaxes,
-    "movedim", torch.movedim, "t", "reshape_as", torch.tensor_split, "tensor_split", "real", "imag", getattr,
-    "unflatten", torch.unflatten, "ravel", torch.ravel,
-)  # fmt: skip
+#: Modules of torch.nn whose result may share memory with the operand.
+VIEW_MODULES = (nn.Flatten, nn.Unflatten, nn.PixelShuffle, nn.PixelUnshuffle, nn.Fold, nn.Unfold, nn.ChannelShuffle)
+#: Names of torch's functions, operators and methods that certainly write into new memory. All others may give a view.
+_FRESH = """
+    add sub mul truediv div floordiv mod neg pow matmul mm bmm addmm baddbmm addcmul addcdiv rsub eq ne lt le gt ge
+    conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d linear bilinear embedding batch_norm layer_norm
+    group_norm instance_norm local_response_norm rms_norm normalize relu relu6 elu selu celu leaky_relu prelu silu mish
+    gelu glu hardtanh hardswish hardsigmoid sigmoid tanh softplus softsign logsigmoid hardshrink softshrink threshold
+    softmax log_softmax softmin max_pool1d max_pool2d max_pool3d avg_pool1d avg_pool2d avg_pool3d adaptive_avg_pool1d
+    adaptive_avg_pool2d adaptive_avg_pool3d adaptive_max_pool1d adaptive_max_pool2d adaptive_max_pool3d lp_pool2d
+    interpolate grid_sample cat concat concatenate stack clone mean sum amax amin prod std var norm argmax argmin cumsum
+    exp log abs sqrt rsqrt square reciprocal sin cos erf sign maximum minimum where zeros_like ones_like full_like
+    scaled_dot_product_attention index_select gather roll flip
+"""
+FRESH = frozenset(_FRESH.split())
 META_KEY = "fxrep_in_place"
 TWIN_SUFFIX = "_out_of_place"
 
@@ -97,27 +106,37 @@ class _Memory:
         return self.members[self.of[node]]
 
 
-def functionalize(graph: Graph, modules: dict[str, nn.Module]) -> set[str]:
-    """Turns in-place ops into new versions of their value, in `graph`; gives the names of the nodes to leave alone.
+@dataclass(frozen=True)
+class Writes:
+    """What is left of writing: values to leave alone, and by value the places in the graph where it may be written."""
 
-    Those are values that share memory with a write that cannot be followed: a slice that is written, the network's own
-    input or a parameter that is overwritten, an op that nothing is known about.
+    pinned: frozenset[str]
+    places: Mapping[str, tuple[int, ...]]
+
+
+def functionalize(graph: Graph, modules: dict[str, nn.Module]) -> Writes:
+    """Turns in-place ops into new versions of their value, in `graph`, and tells of those that cannot be followed.
+
+    Those are writes to a slice, to the network's own input or to a parameter, and whatever a module or function that
+    nothing is known about may do to what it is given.
     """
     memory = _Memory()
     pinned: set[str] = set()
+    places: dict[str, list[int]] = {}
     position = {node: i for i, node in enumerate(graph.nodes)}
     for node in list(graph.nodes):
         written = _written_operand(node, modules)
-        if written is None:
-            memory.join(node, _may_share_with(node, modules))
-            continue
-        sharing = memory.sharing(written)
-        if _follow(node, written, sharing, position, modules):
+        if written is not None and _follow(node, written, memory.sharing(written), position, modules):
             memory.fresh(node)
-        else:
-            memory.join(node, [written])
-            pinned.update(n.name for n in memory.sharing(node))
-    return pinned
+            continue
+        memory.join(node, _may_share_with(node, modules) if written is None else [written])
+        touched = [] if written is None else memory.sharing(node)
+        pinned.update(n.name for n in touched)
+        if written is None and not _is_known(node, modules):
+            touched = [n for operand in node.all_input_nodes for n in memory.sharing(operand)]
+        for value in touched:
+            places.setdefault(value.name, []).append(position[node])
+    return Writes(frozenset(pinned), {name: tuple(found) for name, found in places.items()})
 
 
 def drop_identities(graph: Graph, modules: dict[str, nn.Module]) -> None:
@@ -129,11 +148,6 @@ def drop_identities(graph: Graph, modules: dict[str, nn.Module]) -> None:
         if type(module) in IDENTITY_MODULES and not module.training and not is_hooked(module):
             node.replace_all_uses_with(node.args[0])
             graph.erase_node(node)
-
-
-def is_hooked(module: nn.Module) -> bool:
-    """Whether somebody looks at, or may change, what goes in or comes out."""
-    return any((module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks))
 
 
 def _written_operand(node: Node, modules: dict[str, nn.Module]) -> Node | None:
@@ -158,25 +172,27 @@ def _written_operand(node: Node, modules: dict[str, nn.Module]) -> Node | None:
 
 
 def _may_share_with(node: Node, modules: dict[str, nn.Module]) -> list[Node]:
-    """The operands whose memory the result may share: a view's source, and all of them for an op nobody knows."""
-    if node.op in ("placeholder", "get_attr", "output"):
-        return []
-    target = node.target
+    """The operands whose memory the result may share: all of them, unless the op certainly makes new memory."""
+    return [] if node.op in ("placeholder", "get_attr") or _is_fresh(node, modules) else list(node.all_input_nodes)
+
+
+def _is_fresh(node: Node, modules: dict[str, nn.Module]) -> bool:
+    if not _is_known(node, modules):
+        return False
+    if node.op == "call_module":
+        return type(modules[str(node.target)]) not in (*IDENTITY_MODULES, *VIEW_MODULES)
+    return str(getattr(node.target, "__name__", node.target)) in FRESH
+
+
+def _is_known(node: Node, modules: dict[str, nn.Module]) -> bool:
+    """Whether the op is one of torch's, which write into nothing but what they are named for."""
     if node.op == "call_module":
         module = modules[str(node.target)]
-        target = type(module)
-        if target.__module__.startswith("torch.nn") and target not in SAME_ENTRIES + VIEWS:
-            return []
-    elif target not in SAME_ENTRIES + VIEWS and _is_known(node):
-        return []
-    return list(node.all_input_nodes)
-
-
-def _is_known(node: Node) -> bool:
-    if node.op == "call_method":
-        return hasattr(Tensor, str(node.target))
-    origin = str(getattr(node.target, "__module__", None) or "torch")
-    return origin.split(".")[0] in ("torch", "_operator", "operator", "math", "builtins")
+        return type(module).__module__.startswith("torch.nn") and not is_hooked(module)
+    if node.op == "call_function":
+        origin = str(getattr(node.target, "__module__", None) or "torch")
+        return origin.split(".")[0] in ("torch", "_operator", "operator", "math", "builtins")
+    return True
 
 
 def _follow(
@@ -235,6 +251,6 @@ def restore(graph: Graph, ours: set[Node], modules: dict[str, nn.Module]) -> Non
         operand = node.args[0] if node.args else None
         if before is None or not isinstance(operand, Node) or len(operand.users) != 1:
             continue
-        if operand in ours or (operand.op not in ("placeholder", "get_attr") and not _may_share_with(operand, modules)):
+        if operand in ours or (operand.op.startswith("call") and _is_fresh(operand, modules)):
             node.target = before.target
             node.kwargs = {**node.kwargs, **({"inplace": True} if "inplace" in before.kwargs else {})}

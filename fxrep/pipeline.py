@@ -14,12 +14,12 @@ from fxrep.certify import certify
 from fxrep.cost import Profile
 from fxrep.errors import FxrepError, Illegal, Refusal
 from fxrep.fold import Folded, fold, like_of
-from fxrep.mutation import drop_identities, functionalize
+from fxrep.mutation import Writes, drop_identities, functionalize
 from fxrep.ownership import Ledger
 from fxrep.plan import Decision, Plan, Problem, make_plan
 from fxrep.readers import Readings, read_graph
 from fxrep.report import Collapse, Report
-from fxrep.rewrite import Rewriter, is_bypass, layer_names, scope_of, settles
+from fxrep.rewrite import Rewriter, is_bypass, label_of, layer_names, settles
 from fxrep.trace import Traced
 
 
@@ -30,13 +30,13 @@ class Pipeline:
         self.name, self.traced, self.graph, self.modules = name, traced, traced.graph, dict(traced.modules)
         self.before = census(self.graph, self.modules)
         drop_identities(self.graph, self.modules)
-        pinned = functionalize(self.graph, self.modules)
+        writes = functionalize(self.graph, self.modules)
         shapes = _example_shapes(self.graph, examples)
         self.readings = read_graph(self.graph, self.modules, {name: len(shape) for name, shape in shapes.items()})
         self.nodes: dict[str, Node] = {n.name: n for n in self.graph.nodes}
         _check_examples(self.readings, shapes)
         self.like = like_of(traced.root)
-        self.plan = make_plan(_problem(self.graph, self.readings, pinned, shapes), profile)
+        self.plan = make_plan(_problem(self.graph, self.readings, writes, shapes), profile)
 
     def explain(self) -> Report:
         """The report of the plan, with nothing folded and so nothing certified."""
@@ -98,12 +98,7 @@ class Pipeline:
         )
 
     def _label(self, name: str) -> str:
-        """The qualified name of a layer, else of the module whose forward made the node, and the node's name."""
-        node = self.nodes.get(name)
-        if node is None or node.op == "call_module":
-            return name if node is None else str(node.target)
-        scope = scope_of(node)
-        return f"{scope}:{name}" if scope else name
+        return label_of(self.nodes[name]) if name in self.nodes else name
 
     def _told(self, refusal: Refusal) -> Refusal:
         """The refusal in the user's names."""
@@ -122,16 +117,15 @@ def _check_examples(readings: Readings, examples: Mapping[str, tuple[int, ...]])
     shapes = readings.facts.shapes
     for name, given in examples.items():
         if name in shapes.conflicts:
-            raise FxrepError(
-                f"example_inputs: {name} has {len(given)} axes; the network takes {shapes.conflicts[name]}"
-            )
+            wanted = shapes.conflicts[name]
+            raise FxrepError(f"example_inputs: {name} has {len(given)} axes; the network takes {wanted}")
         for axis, size in shapes.sizes.items():
             if axis.root == name and -axis.index <= len(given) and given[axis.index] != size:
                 fact = f"{given[axis.index]} at axis {axis.index} of its shape {given}"
                 raise FxrepError(f"example_inputs: {name} has {fact}; the network takes {size}")
 
 
-def _problem(graph: Graph, readings: Readings, pinned: set[str], examples: dict[str, tuple[int, ...]]) -> Problem:
+def _problem(graph: Graph, readings: Readings, writes: Writes, examples: dict[str, tuple[int, ...]]) -> Problem:
     """Who reads what: forms read their sources, everything else its operands; sizes are no readers."""
     readers: dict[str, set[str]] = {n.name: set() for n in graph.nodes}
     for name, form in readings.forms.items():
@@ -142,20 +136,26 @@ def _problem(graph: Graph, readings: Readings, pinned: set[str], examples: dict[
             continue
         for operand in node.all_input_nodes:
             readers[operand.name].add(node.name)
-    fixed = dict.fromkeys(pinned, ("mutation", "its memory is written in place"))
+    return Problem(
+        forms=readings.forms,
+        shapes=readings.facts.shapes,
+        readers={name: frozenset(found) for name, found in readers.items()},
+        fixed=_fixed(graph, readings, writes),
+        writes=writes.places,
+        places={node.name: i for i, node in enumerate(graph.nodes)},
+        sizes=examples,
+    )
+
+
+def _fixed(graph: Graph, readings: Readings, writes: Writes) -> dict[str, tuple[str, str]]:
+    """The values that must be computed where they stand, with the code and the reason."""
+    fixed = dict.fromkeys(writes.pinned, ("mutation", "its memory is written in place"))
     for node in graph.nodes:
         sizes_read = [u for u in node.users if u.name in readings.facts.scalars and u.users]
         unsettled = [u for u in sizes_read if not settles(u, readings)]
         if unsettled and node.name in readings.forms:
             fixed[node.name] = ("metadata", f"{unsettled[0].name} reads its {_what(unsettled[0])}")
-    return Problem(
-        readings.forms,
-        readings.facts.shapes,
-        {k: frozenset(v) for k, v in readers.items()},
-        fixed,
-        frozenset(pinned),
-        examples,
-    )
+    return fixed
 
 
 def _what(node: Node) -> str:

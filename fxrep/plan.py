@@ -26,8 +26,9 @@ class Problem:
     readers: Mapping[str, frozenset[str]]
     #: values that must be computed where they stand, with the code and reason why
     fixed: Mapping[str, tuple[str, str]]
-    #: values whose readers may not move, since somebody writes to them in place
-    still: frozenset[str] = frozenset()
+    #: by value, the places in graph order where its memory may be written: no reader may move past one
+    writes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    places: Mapping[str, int] = field(default_factory=dict)
     sizes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
 
 
@@ -115,12 +116,10 @@ class _State:
         for candidate in self._candidates(node):
             saved = now[0] + sum(self.seconds[g] for g in candidate.gone) - candidate.seconds
             fewer = now[1] + sum(self._steps(self.recipes[g]) for g in candidate.gone) - candidate.steps
-            if (
-                fewer < 0
-                or not _is_float(candidate.recipe)
-                or candidate.recipe.convolutions > self._convolutions(node, candidate.gone)
-            ):
+            if fewer < 0 or candidate.recipe.convolutions > self._convolutions(node, candidate.gone):
                 continue  # an operator distributed over a sum or a concatenation: more layers, for an addition saved
+            if not _is_float(candidate.recipe):
+                continue
             tie = abs(saved) <= TOLERANCE * max(now[0], candidate.seconds)
             worth = (0.0, fewer) if tie else (saved, fewer)
             if worth > margin and (saved > 0 or tie):
@@ -179,7 +178,8 @@ class _State:
     def _may_absorb(self, anchor: str, node: str, gone: set[str]) -> bool:
         if anchor not in self.recipes or anchor in self.removed:
             return False
-        if any(s in self.problem.still for s in self.recipes[anchor].form.sources):
+        if self._crosses_write(anchor, node):
+            self._note_held(node, anchor, "mutation", "what it reads is written before it would be read again")
             return False
         fixed = self.problem.fixed.get(anchor)
         alone = self._read_only_by(anchor, node, gone)
@@ -192,6 +192,14 @@ class _State:
             )
             return False
         return True
+
+    def _crosses_write(self, anchor: str, node: str) -> bool:
+        """Whether what `anchor` reads may be written between its place and that of `node`."""
+        if not self.problem.writes:
+            return False
+        start, end = self.problem.places[anchor], self.problem.places[node]
+        sources = self.recipes[anchor].form.sources
+        return any(start < write < end for s in sources for write in self.problem.writes.get(s, ()))
 
     def _note_held(self, node: str, anchor: str, code: str, reason: str) -> None:
         """A refusal where a merge was in sight: a scale or a batch norm after a convolution that must stay."""

@@ -177,8 +177,8 @@ class Rewriter:
         return node
 
     def _install(self, module: nn.Module, emit: Emit, decision: Decision) -> str:
-        name, replaced = self.names[id(emit)], (*decision.inlined, decision.node)
-        setattr(module, PROVENANCE, replaced)
+        name = self.names[id(emit)]
+        setattr(module, PROVENANCE, tuple(label_of(self.nodes[n]) for n in (*decision.inlined, decision.node)))
         self.modules[name] = module.eval()
         return name
 
@@ -248,6 +248,14 @@ def scope_of(node: Node) -> str:
     stack = node.meta.get("nn_module_stack") or {}
     innermost: str = next(reversed(stack.values()), ("",))[0] if stack else ""
     return innermost.rpartition(".")[0] if node.op == "call_module" else innermost
+
+
+def label_of(node: Node) -> str:
+    """The qualified name of a layer; for another op that of the module whose forward made it, and the op's own."""
+    if node.op == "call_module":
+        return str(node.target)
+    scope = scope_of(node)
+    return f"{scope}:{node.name}" if scope else node.name
 
 
 def is_bypass(node: Node, readings: Readings) -> bool:

@@ -36,13 +36,17 @@ def structural_copy(model: nn.Module) -> nn.Module:
         hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
         memo.update({id(h): h for kind in hooks for h in kind.values()})
     try:
-        return copy.deepcopy(model, memo).eval()
+        copied = copy.deepcopy(model, memo).eval()
     except Exception as error:
         name = type(model).__name__
         raise FxrepError(
             f"{name} cannot be copied ({error}); fxrep works on a copy, to leave your model as it is. "
             "Remove what cannot be copied (open files, locks, generators) from the module's attributes."
         ) from error
+    for old, new in zip(model.modules(), copied.modules(), strict=True):
+        for name, attribute in vars(old).items():  # a GraphModule loses its plain attributes when it is copied
+            vars(new).setdefault(name, attribute)
+    return copied
 
 
 def trace(root: nn.Module, examples: Mapping[str, Any] | None = None) -> Traced | Refusal:
@@ -64,6 +68,8 @@ def trace(root: nn.Module, examples: Mapping[str, Any] | None = None) -> Traced 
             reason = f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"
         else:
             graph.lint()
+            for node in graph.nodes:  # fx would write a postponed annotation into its code as it stands
+                node.type = None if isinstance(node.type, str) else node.type
             written = _restore(root, state)
             if written is None:
                 return Traced(root, graph, tuple(kept.values()), dict(root.named_modules()))

@@ -89,6 +89,9 @@ def _attempt(read: Callable[..., Any], arguments: tuple[Any, ...], node: Node) -
         return read(*arguments)
     except Illegal as illegal:
         return Refusal(node.name, illegal.code, illegal.reason, illegal.hint)
+    except Exception as error:  # a reader may be the user's own; one that fails takes nothing else down
+        fact = f"{read.__name__} raised {type(error).__name__}: {error}"
+        return Refusal(node.name, "reader-failed", fact, "this is a bug in the reader; the op was left as it is")
 
 
 def _shape_by_rule(call: Call) -> Shape | None:
