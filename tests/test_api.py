@@ -214,7 +214,7 @@ MODULES = {
 }
 
 
-@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning", "ignore::UserWarning")
 @pytest.mark.parametrize("inplace", [False, True], ids=["copied", "in place"])
 @pytest.mark.parametrize("kind", MODULES)
 def test_every_module_that_runs_is_accepted(kind: str, inplace: bool):
@@ -236,7 +236,7 @@ def test_what_can_collapse_beside_what_cannot_does(kind: str):
     model = MODULES[kind]()
     report = fxrep.reparameterize(model).report
     assert report.collapses
-    left = {"depends on data inside": 1, "hooked": 1}.get(kind, 0)
+    left = {"depends on data inside": 1, "hooked": 2}.get(kind, 0)  # no read moves past a hook: it might write
     assert report.after["bn"] <= left
 
 

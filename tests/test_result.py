@@ -119,13 +119,13 @@ def test_compiles_as_one_graph(result: GraphModule):
     assert torch.equal(compiled(X), result(X))
 
 
-@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning", "ignore::UserWarning")
 def test_scripts(result: GraphModule):
     scripted = torch.jit.script(result)
     assert relative_error(scripted(X), result(X)) < 1e-14
 
 
-@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning", "ignore::UserWarning")
 def test_traces(result: GraphModule):
     traced = torch.jit.trace(result, X)
     assert relative_error(traced(X), result(X)) < 1e-14
