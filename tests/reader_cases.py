@@ -11,10 +11,11 @@ from typing import Any
 import pytest
 import torch
 from helpers import randomise, relative_error
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 import fxrep
+from fxrep.trace import Tracer
 
 TOLERANCE = 1e-10
 KINDS = {
@@ -103,7 +104,7 @@ class Case:
     left: str = ""
     shapes: tuple[tuple[int, ...], ...] = image()
     refused: str = ""
-    examples: bool = False
+    bare: bool = True  # whether the promise holds without example inputs too, which tell sizes for the cost and ranks
 
     def network(self) -> nn.Module:
         """The network in float64, with every number drawn anew."""
@@ -124,23 +125,27 @@ def over(cases: list[Case]) -> Any:
 
 
 def check(case: Case) -> nn.Module:
-    """The collapsed network equals the original at every size, keeps what it must and no more, and reports so."""
-    network, inputs = case.network(), case.inputs()
-    collapsed = fxrep.reparameterize(network, inputs[0] if case.examples else None)
+    """With and without example inputs: equal to the original, and no more left than promised."""
+    network, (small, large) = case.network(), case.inputs()
+    bare, told = fxrep.reparameterize(network), fxrep.reparameterize(network, small)
     original = copy.deepcopy(network).eval()
-    for x in inputs:
+    for x, collapsed in ((small, bare), (large, bare), (small, told), (large, told)):
         with torch.no_grad():
             got, expected = collapsed(x.clone()), original(x.clone())
         assert got.shape == expected.shape
         assert relative_error(got, expected) <= TOLERANCE, f"at {tuple(x.shape)}"
-    counts = executed(collapsed, inputs[0])
+    for collapsed in (bare, told) if case.bare else (told,):
+        check_promises(case, collapsed, small)
+    return told
+
+
+def check_promises(case: Case, collapsed: nn.Module, x: Tensor) -> None:
+    counts = executed(collapsed, x)
     for kind, most in promised(case.left).items():
         assert counts[kind] <= most, f"{dict(counts)} left, {case.left} promised\n{collapsed.report}"
-        assert collapsed.report.after[REPORTED[kind]] == counts[kind] if kind in "clb" else True
-    if case.refused:
-        codes = {r.code for r in collapsed.report.refusals}
-        assert case.refused in codes, f"{case.refused} is not among {codes}"
-    return collapsed
+        assert kind not in "clb" or collapsed.report.after[REPORTED[kind]] == counts[kind]
+    codes = {r.code for r in collapsed.report.refusals}
+    assert not case.refused or case.refused in codes, f"{case.refused} is not among {codes}"
 
 
 def promised(left: str) -> dict[str, int]:
@@ -170,7 +175,7 @@ def executed(network: nn.Module, *inputs: Any) -> Counter[str]:
 
 
 def targets_of(network: nn.Module) -> set[Any]:
-    """Every op that the network calls, as torch.fx itself traces it: module types, functions, names of methods."""
+    """Every op that the network calls, as it is traced: module types, functions, names of methods."""
     modules = dict(network.named_modules())
-    nodes = [n for n in fx.Tracer().trace(network).nodes if n.op.startswith("call")]
+    nodes = [n for n in Tracer().trace(network).nodes if n.op.startswith("call")]
     return {type(modules[str(n.target)]) if n.op == "call_module" else n.target for n in nodes}

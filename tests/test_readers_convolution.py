@@ -52,7 +52,7 @@ def dilated(taps: int, dilation: int, **options: Any) -> nn.Module:
 
 
 SUMS = [
-    *(Case(f"rep block {d}d", lambda d=d: rep_block(d), "c1 b0 a0", image(dims=d), examples=d == 1) for d in DIMS),
+    *(Case(f"rep block {d}d", lambda d=d: rep_block(d), "c1 b0 a0", image(dims=d), bare=d != 1) for d in DIMS),
     Case("sizes 1 3 5 7", branches(conv(1), conv(3), conv(5), conv(7), identity=True), "c1 a0"),
     Case("three biased", branches(conv(3), conv(3), conv(3)), "c1 a0"),
     Case("unpadded", branches(valid(3), valid(3)), "c1 a0"),
@@ -63,7 +63,7 @@ SUMS = [
     Case("same dilated", branches(conv(2, padding="same", dilation=3), conv(3, padding="same", dilation=2)), "c1 a0"),
     Case("valid", branches(conv(3, padding="valid"), valid(3)), "c1 a0"),
     Case("dilations 1 2", branches(conv(3), dilated(3, 2)), "c1 a0"),
-    Case("dilations 2 3", branches(dilated(3, 2), dilated(3, 3)), "c1 a0"),
+    Case("dilations 2 3", branches(dilated(3, 2), dilated(3, 3)), "c1 a0", bare=False),
     Case("dilations 2 4", branches(dilated(5, 2), dilated(3, 4), identity=True), "c1 a0"),
     Case("dilated depthwise", branches(conv(7, groups=4), dilated(3, 3, groups=4), dilated(5, 1, groups=4)), "c1 a0"),
     Case("groups 1 2 4", branches(conv(3), conv(3, groups=2), conv(3, groups=4)), "c1 a0"),
@@ -176,7 +176,7 @@ def functional(dims: int) -> nn.Module:
 
 
 FUNCTIONALS = [
-    *(Case(f"functional {d}d", lambda d=d: functional(d), "c1 a0", image(dims=d), examples=True) for d in DIMS),
+    *(Case(f"functional {d}d", lambda d=d: functional(d), "c1 a0", image(dims=d), bare=False) for d in DIMS),
     *(Case(name, lambda f=f: with_computed(f), "c1 b0 a0") for name, f in COMPUTED.items()),
     Case("weight of the input", lambda: Net(
         lambda m, x: m.bn(F.conv2d(x, m.w * x.mean())), w=weight(4, 4, 3, 3), bn=bn()

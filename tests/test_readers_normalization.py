@@ -63,9 +63,9 @@ AFTER = [
 ]  # fmt: skip
 BEFORE = [
     *per_dims(
-        "bn to unpadded conv", lambda d: nn.Sequential(bn(dims=d), conv(3, dims=d, padding=0)), "c1 b0", examples=True
+        "bn to unpadded conv", lambda d: nn.Sequential(bn(dims=d), conv(3, dims=d, padding=0)), "c1 b0", bare=False
     ),
-    *per_dims("bn to 1x1", lambda d: nn.Sequential(bn(dims=d), conv(1, dims=d)), "c1 b0", examples=True),
+    *per_dims("bn to 1x1", lambda d: nn.Sequential(bn(dims=d), conv(1, dims=d)), "c1 b0", bare=False),
     Case("bn to grouped", sequence(bn(8), conv(3, 8, 6, groups=2, padding=0)), "c1 b0", image(8)),
     Case("bn to padded conv", sequence(bn(), conv()), "c1", refused="pads-over-bias"),
     Case("bn to reflect conv", sequence(bn(), conv(padding_mode="reflect")), "c1 b0"),
@@ -81,17 +81,17 @@ ALONE = [
     Case("norm and identity", branches(bn(), identity=True), "b0 c0 a0 m1"),
 ]
 ROWS = [
-    Case("linear bn", sequence(linear(), bn(dims=1)), "l1 b0", rows(), examples=True),
+    Case("linear bn", sequence(linear(), bn(dims=1)), "l1 b0", rows(), bare=False),
     Case("bn linear bn linear", sequence(
         bn(dims=1), linear(4, 7), bn(7, dims=1), linear(7, 5)
-    ), "l1 b0", rows(), examples=True),
+    ), "l1 b0", rows(), bare=False),
     Case("classifier", sequence(
         conv(), bn(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), linear(), bn(dims=1), nn.ReLU(), bn(dims=1), linear()
     ), "c1 l2 b0"),
-    Case("bn on the tokens' axis", sequence(linear(), bn(7, dims=1)), "l1", ((1, 7, 4), (3, 7, 4)), examples=True),
+    Case("bn on the tokens' axis", sequence(linear(), bn(7, dims=1)), "l1", ((1, 7, 4), (3, 7, 4)), bare=False),
     Case("as many tokens as channels", sequence(
         linear(7, 7), bn(7, dims=1)
-    ), "l1", ((1, 7, 7), (3, 7, 7)), examples=True),
+    ), "l1", ((1, 7, 7), (3, 7, 7)), bare=False),
     Case("linear transposed to bn", lambda: Net(
         lambda m, x: m.bn(m.linear(x).transpose(1, 2)).transpose(1, 2), linear=linear(), bn=bn(dims=1)
     ), "l1", tokens()),

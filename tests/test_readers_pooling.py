@@ -26,7 +26,7 @@ def functional(dims: int) -> nn.Module:
 
 
 def per_dims(name: str, build: Any, left: str) -> list[Case]:
-    return [Case(f"{name} {d}d", lambda d=d: build(d), left, image(dims=d), examples=True) for d in POOLS]
+    return [Case(f"{name} {d}d", lambda d=d: build(d), left, image(dims=d), bare=False) for d in POOLS]
 
 
 CASES = [
@@ -36,24 +36,24 @@ CASES = [
     Case("DBB's average branch", lambda: Net(
         lambda m, x: m.bn1(m.pool(m.bn0(m.conv1(x)))) + m.bn2(m.conv3(x)),
         conv1=conv(1, bias=False), bn0=bn(), pool=nn.AvgPool2d(3, 1), bn1=bn(), conv3=conv(3, padding=0), bn2=bn(),
-    ), "c1 b0 a0 p0", examples=True),
-    Case("pool to 1x1", sequence(nn.AvgPool2d(2), conv(1)), "c1 p0", examples=True),
+    ), "c1 b0 a0 p0", bare=False),
+    Case("pool to 1x1", sequence(nn.AvgPool2d(2), conv(1)), "c1 p0", bare=False),
     Case("pool to bn", sequence(nn.AvgPool2d(3, 2, 1), bn()), "b0 p0 c1"),
-    Case("pool of two axes", sequence(conv(1), nn.AvgPool2d((2, 3), (1, 2)), bn()), "c1 b0 p0", examples=True),
+    Case("pool of two axes", sequence(conv(1), nn.AvgPool2d((2, 3), (1, 2)), bn()), "c1 b0 p0", bare=False),
     Case("pool less identity", lambda: Net(
         lambda m, x: m.pool(y := m.conv(x).relu()) - y, conv=conv(), pool=nn.AvgPool2d(3, 1, 1)
-    ), "c2 a0 p0", examples=True),
+    ), "c2 a0 p0", bare=False),
     Case("divisor", lambda: Net(
         lambda m, x: m.conv(x) + F.avg_pool2d(x, 3, 1, 1, divisor_override=5) + m.pool(x),
         conv=conv(), pool=nn.AvgPool2d(3, 1, 1, divisor_override=2),
-    ), "c1 a0 p0", examples=True),
+    ), "c1 a0 p0", bare=False),
     Case("biased conv to padded pool", sequence(conv(1), nn.AvgPool2d(3, 1, 1)), "c1 p1", refused="pads-over-bias"),
     Case("pads that do not count", sequence(
         conv(1), nn.AvgPool2d(3, 1, 1, count_include_pad=False)
     ), "c1 p1", refused="pool-border"),
     Case("divisor and pads that do not count", branches(
         conv(), nn.AvgPool2d(3, 1, 1, count_include_pad=False, divisor_override=9)
-    ), "c1 a0 p0", examples=True),
+    ), "c1 a0 p0", bare=False),
     Case("ceil mode", sequence(conv(1), nn.AvgPool2d(2, ceil_mode=True), bn()), "c1", refused="pool-border"),
     Case("ceil mode, stride 1", branches(conv(), nn.AvgPool2d(3, 1, 1, ceil_mode=True)), "c1"),
     Case("max pool between", sequence(conv(), nn.MaxPool2d(3, 2, 1), bn(), conv(1)), "c2 b0"),
