@@ -164,6 +164,14 @@ class AffineConv:
         weight = K.TakeColumns((self.out_channels, stop - start, *self.taps), dense.weight, start, stop)
         return replace(dense, weight=weight, fill=_take(self.fill, tuple(range(start, stop))))
 
+    def widened(self, index: Ints, channels: int) -> AffineConv:
+        """The same operator on an input of `channels` channels of which it reads those at `index`."""
+        if self.fill is not None:
+            raise Illegal("pad-value", "the padding value of the channels that it does not read is not known")
+        dense = self.regrouped(1)
+        shape = (self.out_channels, channels, *self.taps)
+        return replace(dense, weight=K.PlaceColumns(shape, dense.weight, index))
+
     def outside(self) -> Kernel | None:
         """What a one-tap operator gives beyond its input: its own padding value through the tap, plus its bias."""
         through = (

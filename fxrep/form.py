@@ -252,7 +252,20 @@ def _add_parts(p: Part, q: Part, dims: int | None) -> Part:
         raise Illegal("broadcast", f"{p.channels} channels are added to {q.channels}")
     for anchor, term in q.terms.items():
         terms[anchor] = _add_terms(terms[anchor], term, channels, dims) if anchor in terms else term
-    return Part(terms, K.total(p.bias, q.bias), channels)
+    return Part(_gathered(terms, channels, dims), K.total(p.bias, q.bias), channels)
+
+
+def _gathered(terms: dict[Anchor, Term], channels: int | None, dims: int | None) -> dict[Anchor, Term]:
+    """Terms on some channels of a value joined to a dense one on all of them, where there is one."""
+    joined = dict(terms)
+    for anchor, term in terms.items():
+        whole = joined.get(Anchor(anchor.source))
+        if anchor.rows is None or not isinstance(whole, AffineConv) or whole.groups > 1 or channels is None:
+            continue
+        part = _as_operator(term, channels, whole.dims).widened(anchor.rows, whole.in_channels)
+        joined[Anchor(anchor.source)] = affine.add(whole, part)
+        del joined[anchor]
+    return joined
 
 
 def _add_terms(a: Term, b: Term, channels: int | None, dims: int | None) -> Term:

@@ -268,6 +268,23 @@ class TakeColumns(Kernel):
         return values[0][:, self.start : self.stop]
 
 
+@dataclass(frozen=True, eq=False)
+class PlaceColumns(Kernel):
+    """An ungrouped weight over more input channels: its columns at `index`, zero elsewhere."""
+
+    source: Kernel
+    index: tuple[int, ...]
+
+    @property
+    def operands(self) -> tuple[Kernel, ...]:
+        return (self.source,)
+
+    def _compute(self, *values: Tensor) -> Tensor:
+        (weight,) = values
+        wide = weight.new_zeros(self.shape)
+        return wide.index_add(1, torch.tensor(self.index, device=weight.device), weight)
+
+
 def scale(kernel: Kernel, gain: Kernel) -> Kernel:
     """Rows of a weight, or entries of a vector or scalar, times `gain` (shape (O,) or ())."""
     if not kernel.shape:

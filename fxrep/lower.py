@@ -16,7 +16,7 @@ from fxrep.form import AffineForm, Anchor, Gain, Part, Term
 from fxrep.kernel import Kernel
 from fxrep.shapes import Axis, Dim, Shape, Shapes
 
-DEFAULT_SIZE = 56  # of each axis of a volume, 224 of any other; choices inside a region depend on ratios alone
+DEFAULT_SIZE = 56  # of an axis about which nothing is known; choices inside a region depend on ratios alone
 
 
 @dataclass(frozen=True, eq=False)
@@ -157,7 +157,7 @@ class Sizes:
         rank = self.shapes.ranks.get(axis.root)
         if is_batch or (rank is not None and -axis.index == rank):
             return 1
-        return DEFAULT_SIZE if rank == 5 else 224
+        return 224 if rank == 4 else DEFAULT_SIZE
 
 
 @dataclass(frozen=True)

@@ -56,14 +56,14 @@ VIEW_MODULES = (nn.Flatten, nn.Unflatten, nn.PixelShuffle, nn.PixelUnshuffle, nn
 #: Names of torch's functions, operators and methods that certainly write into new memory. All others may give a view.
 _FRESH = """
     add sub mul truediv div floordiv mod neg pow matmul mm bmm addmm baddbmm addcmul addcdiv rsub eq ne lt le gt ge
-    conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d linear bilinear embedding batch_norm layer_norm
-    group_norm instance_norm local_response_norm rms_norm normalize relu relu6 elu selu celu leaky_relu prelu silu mish
-    gelu glu hardtanh hardswish hardsigmoid sigmoid tanh softplus softsign logsigmoid hardshrink softshrink threshold
-    softmax log_softmax softmin max_pool1d max_pool2d max_pool3d avg_pool1d avg_pool2d avg_pool3d adaptive_avg_pool1d
-    adaptive_avg_pool2d adaptive_avg_pool3d adaptive_max_pool1d adaptive_max_pool2d adaptive_max_pool3d lp_pool2d
-    interpolate grid_sample cat concat concatenate stack clone mean sum amax amin prod std var norm argmax argmin cumsum
-    exp log abs sqrt rsqrt square reciprocal sin cos erf sign maximum minimum where zeros_like ones_like full_like
-    scaled_dot_product_attention index_select gather roll flip
+    conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d linear bilinear embedding batch_norm
+    layer_norm group_norm instance_norm local_response_norm rms_norm normalize relu relu6 elu selu celu leaky_relu
+    prelu silu mish gelu glu hardtanh hardswish hardsigmoid sigmoid tanh softplus softsign logsigmoid hardshrink
+    softshrink threshold softmax log_softmax softmin max_pool1d max_pool2d max_pool3d avg_pool1d avg_pool2d
+    avg_pool3d adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_pool3d adaptive_max_pool1d adaptive_max_pool2d
+    adaptive_max_pool3d lp_pool2d interpolate grid_sample cat concat concatenate stack clone mean sum amax amin prod
+    std var norm argmax argmin cumsum exp log abs sqrt rsqrt square reciprocal sin cos erf sign maximum minimum
+    where zeros_like ones_like full_like scaled_dot_product_attention index_select gather roll flip
 """
 FRESH = frozenset(_FRESH.split())
 META_KEY = "fxrep_in_place"

@@ -86,12 +86,7 @@ class Rewriter:
         """The values whose number of axes a fold took for granted, and that number."""
         facts = self.readings.facts
         folded = {n for d in self.plan.decisions.values() for n in (*d.inlined, d.node)} & facts.assumed.keys()
-        found = {}
-        for name in folded:
-            shape = facts.shapes.of[self.nodes[name].all_input_nodes[0].name]
-            if shape.root is not None and shape.root not in facts.shapes.ranks:
-                found[facts.assumed[name]] = len(shape.tail) + 1
-        return found
+        return {root: rank for root, rank in map(facts.assumed.__getitem__, folded) if root not in facts.shapes.ranks}
 
     def _guard(self, value: Node, rank: int) -> None:
         """Unbatched inputs, for which the fold would mean something else, are refused aloud."""

@@ -59,7 +59,7 @@ def same_shape(at: Call, module: nn.Module | None = None) -> Shape:
 @shape_rule(*BROADCASTING)
 def broadcast_shape(at: Call) -> Shape | None:
     """Axis by axis: equal sizes stay, 1 gives way, anything else is unknown."""
-    operands = at.node.args[:2]
+    operands = [*at.node.args, *at.node.kwargs.values()][:2]
     tensors = [a for a in operands if isinstance(a, Node) and a.name not in at.facts.scalars]
     shapes = [at.shapes.full(at.shape(t)) for t in tensors]
     if len(shapes) == 1:
