@@ -248,6 +248,7 @@ def test_take(dims, rows, groups):
 
 
 def test_take_of_whole_groups_reads_their_columns_alone():
+    assert affine.identity(6, 2).take((4, 1))[0].is_identity
     operator, columns = taken(layer(2, 6, 6, k=3, lo=1, g=3, bias=True, fill=random(9, 6)), (4, 5, 1, 0), 6)
     assert (operator.groups, columns) == (2, (4, 5, 0, 1))
     operator, columns = taken(layer(2, 6, 6, k=3, g=3), (4, 1), 6)

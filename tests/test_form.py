@@ -135,6 +135,28 @@ def test_take_from_a_concatenation(dims, rows):
     assert_equal(cat([H, of(conv)], dims).take(rows, dims), expected, v)
 
 
+@pytest.mark.parametrize("dims", ANY)
+def test_rows_that_meet_are_added(dims):
+    """Channel 0 of x[0,1,2] + x[0,2,3] is twice x[0]; so is what two permutations bring together."""
+    v, conv = anchors(dims), layer(dims, g=4, bias=True)
+    x = v["x"]
+    overlapping = X.take((0, 1, 2), dims) + X.take((0, 2, 3), dims)
+    assert_equal(overlapping.take((0,), dims), 2 * x[:, :1], v)
+    swap = [1, 0, 3, 2]
+    swapped = (X + X.take(tuple(swap), dims)).take(tuple(swap), dims) + X
+    assert_equal(swapped.take(tuple(swap), dims), (2 * x + x[:, swap])[:, swap], v)
+    mixed = of(conv).take((0, 2), dims) + X.take((0, 1), dims) + of(conv).take((0, 1), dims)
+    assert_equal(mixed.take((0,), dims), (2 * conv.run(x) + x)[:, :1], v)
+
+
+@pytest.mark.parametrize("dims", ANY)
+@pytest.mark.parametrize("rows", [(0, 2), (3, 3, 1, 0), (0, 0), (0, 1, 2, 3)], ids=str)
+def test_a_layer_on_some_channels_and_one_on_all(dims, rows):
+    v, some, whole = anchors(dims), layer(dims, len(rows), 4, k=3, lo=1, seed=5), layer(dims, bias=True)
+    for f in (X.take(rows, dims).then(some.operator) + of(whole), of(whole) + X.take(rows, dims).then(some.operator)):
+        assert_equal(f, some.run(v["x"][:, list(rows)]) + whole.run(v["x"]), v)
+
+
 OVER = {
     "ungrouped": lambda n: layer(n, 10, 4, k=3, lo=1, bias=False),
     "biased": lambda n: layer(n, 10, 4, k=3, bias=True),
@@ -300,6 +322,8 @@ def test_a_convolution_does_not_act_by_terms_where_one_broadcasts(dims):
     assert_equal(total.then(pointwise.operator), pointwise.run(v["x"] + v["h"]), v)
     with pytest.raises(Illegal, match="broadcast"):
         of(conv, "m").substitute("m", total)
+    for later in (of(pointwise, "m").substitute("m", total), total + X, cat([total, X], dims), total.take((1,), dims)):
+        assert not later.aligned, "it stays in question"
 
 
 @pytest.mark.parametrize("dims", SPATIAL)

@@ -6,7 +6,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 
 import torch
-from hypothesis import event, given, settings
+from hypothesis import event, example, given, settings
 from hypothesis import strategies as st
 from layers import execute, layer, random, scale
 from torch import Tensor
@@ -18,6 +18,9 @@ CHANNELS = 4
 SIZES = {1: (7,), 2: (6, 5)}
 OPS = ("add", "add", "pointwise", "padded", "scale", "permute", "double", "cat", "keep", "keep")
 programs = st.lists(st.tuples(st.sampled_from(OPS), st.integers(0, 9), st.integers(0, 9)), min_size=1, max_size=10)
+
+#: Two terms on other channels of one value become terms on the same channels.
+MEETING_ROWS = [("permute", 1, 0), ("add", 0, 0), ("add", 0, 0), ("permute", 7, 1), ("add", 0, 0), ("permute", 0, 0)]
 
 
 @dataclass(frozen=True)
@@ -106,6 +109,7 @@ def test_inlining_everything_changes_no_number():
 
     @settings(max_examples=150, deadline=None)
     @given(programs, st.integers(1, 2))
+    @example(MEETING_ROWS, 1)
     def check(program: list[tuple[str, int, int]], dims: int) -> None:
         machine = Machine(dims)
         for instruction in program:
