@@ -122,8 +122,19 @@ NODES: dict[str, Node] = {
     "stack rows": Node([(2, 3), (1, 3)], lambda a, b: K.StackRows((3, 3), (a, b)), lambda a, b: torch.cat([a, b])),
     "take rows": Node([(4, 2)], lambda w: K.TakeRows((3, 2), w, (3, 0, 0)), lambda w: torch.stack([w[3], w[0], w[0]])),
     "take columns": Node([(2, 4, 2)], lambda w: K.TakeColumns((2, 2, 2), w, 1, 3), lambda w: w[:, 1:3]),
+    "place columns": Node(
+        [(2, 3, 2)],
+        lambda w: K.PlaceColumns((2, 4, 2), w, (3, 0, 3)),
+        lambda w: torch.stack([w[:, 1], 0 * w[:, 1], 0 * w[:, 1], w[:, 0] + w[:, 2]], 1),
+    ),
     "permuted leaf": Node([(2, 3, 4)], lambda w: Leaf.of(w.tensor, (1, 0, 2)), lambda w: w.transpose(0, 1)),
 }
+
+
+def test_every_kind_of_node_is_here():
+    """Those without operands are tested by themselves."""
+    built = {type(node.build(*map(Leaf.of, numbers(node)))) for node in NODES.values()}
+    assert built | {K.Constant, K.Dirac} == set(Kernel.__subclasses__())
 
 
 def numbers(node: Node, dtype: torch.dtype = torch.float64) -> list[Tensor]:
