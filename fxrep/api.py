@@ -110,7 +110,6 @@ def _finished(result: nn.Module, root: nn.Module, model: nn.Module, report: Repo
     """Gives the result tensors of its own, the model's attributes, its hooks and the report."""
     if isinstance(result, GraphModule):
         carry_attributes(root, result)
-        result.meta["_user_preserved_attributes"]["report"] = report
     if not inplace:
         own_tensors(result, model)
     result.report = report  # type: ignore[assignment]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Mapping
 
 import torch
@@ -14,6 +13,13 @@ from torch.nn.modules.conv import _ConvNd
 
 from fxrep.lower import Recipe
 from fxrep.plan import Plan
+from fxrep.readers import registered
+
+
+def _read_by(*names: str) -> frozenset[object]:
+    """Every spelling that the readers of these names take."""
+    return frozenset(target for target, reader in registered().items() if reader.__name__ in names)
+
 
 MODULES: dict[str, tuple[type[nn.Module], ...]] = {
     "conv": (_ConvNd,),
@@ -25,12 +31,8 @@ FUNCTIONS: dict[str, frozenset[object]] = {
     "conv": frozenset({F.conv1d, F.conv2d, F.conv3d, F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d}),
     "linear": frozenset({F.linear}),
     "bn": frozenset({F.batch_norm}),
-    "add": frozenset(
-        {operator.add, operator.iadd, torch.add, "add", "add_", operator.sub, operator.isub, torch.sub, "sub"}
-    ),
-    "mul": frozenset(
-        {operator.mul, operator.imul, torch.mul, "mul", "mul_", operator.truediv, torch.div, torch.addcmul}
-    ),
+    "add": _read_by("read_add", "read_sub", "read_rsub"),
+    "mul": _read_by("read_mul", "read_div", "read_neg") | {torch.addcmul},
     "pool": frozenset({F.avg_pool1d, F.avg_pool2d, F.avg_pool3d, F.max_pool1d, F.max_pool2d, F.max_pool3d}),
 }
 KINDS = ("conv", "linear", "bn", "add", "mul", "pool")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -14,7 +14,7 @@ from fxrep.errors import Refusal
 from fxrep.fold import Folded, run
 from fxrep.form import Anchor
 from fxrep.plan import Decision
-from fxrep.readers import Readings
+from fxrep.readers import Readings, is_bypass
 from fxrep.shapes import Axis, Dim, Shape, free_axes
 
 TOLERANCE = 1e-8  # relative to the largest output, in float64: some 1e7 units of rounding
@@ -40,8 +40,10 @@ def _difference(
 ) -> str | None:
     """How the fold differs from its sub-graph on maps that are `extra` larger than the least, or None."""
     try:
-        anchors = _random_anchors(decision, readings, extra, _device(folded))
-        expected = _Interpreter(nodes, readings, anchors).value(nodes[decision.node])
+        draw = _draw(decision, readings, extra, _device(folded))
+        interpreter = _Interpreter(decision, nodes, readings, draw)
+        anchors = {s: interpreter.value(nodes[s]) for s in sorted(decision.recipe.form.sources, key=list(nodes).index)}
+        expected = interpreter.value(nodes[decision.node])
         got = run(decision.recipe, folded, lambda a: _rows(anchors[a.source], a, decision.recipe.dims or 0))
     except Exception as error:  # any failure to run it means that it is not certified
         return f"could not be run: {type(error).__name__}: {' '.join(str(error).split())[:160]}"
@@ -74,22 +76,23 @@ def _rows(value: Tensor, anchor: Anchor, dims: int) -> Tensor:
     return value.index_select(-dims - 1, torch.tensor(anchor.rows, device=value.device))
 
 
-def _random_anchors(decision: Decision, readings: Readings, extra: int, device: torch.device) -> dict[str, Tensor]:
-    """Random values for the anchors: small maps with a border all around an interior, of no two equal sides."""
+def _draw(decision: Decision, readings: Readings, extra: int, device: torch.device) -> Callable[[str], Tensor]:
+    """Random values by name: small maps with a border all around an interior, of no two equal sides."""
     dims = decision.recipe.dims or 0
-    span = max((max(e.operator.span, default=0) for e in decision.recipe.emits if e.operator), default=0)
-    shapes = {s: readings.facts.shapes.full(readings.facts.shapes.of[s]) for s in decision.recipe.form.sources}
-    least = span + 1 + extra
+    operators = [e.operator for e in decision.recipe.emits if e.operator]
+    reach = [s + max(-p, 0) + max(-q, 0) for o in operators for s, p, q in zip(o.span, o.pad_lo, o.pad_hi, strict=True)]
+    known = readings.facts.shapes
+    anchors = [known.full(known.of[s]) for s in decision.recipe.form.sources]
+    sizes = _axis_sizes(anchors, readings, dims, max(reach, default=0) + 1 + extra)
     generator = torch.Generator().manual_seed(SEED + extra)
-    sizes = _axis_sizes(list(shapes.values()), readings, dims, least)
-    values = {}
-    for source, shape in shapes.items():
-        channels = next(
-            (a.operator.in_channels for a in decision.recipe.emits if a.operator and a.anchor == Anchor(source)), 3
-        )
-        concrete = _concrete(shape, readings, sizes, dims, channels)
-        values[source] = torch.randn(concrete, generator=generator, dtype=torch.float64).to(device)
-    return values
+
+    def draw(name: str) -> Tensor:
+        whole = [e.operator for e in decision.recipe.emits if e.operator and e.anchor == Anchor(name)]
+        channels = whole[0].in_channels if whole else 3
+        shape = _concrete(known.full(known.of[name]), readings, sizes, dims, channels)
+        return torch.randn(shape, generator=generator, dtype=torch.float64).to(device)
+
+    return draw
 
 
 def _axis_sizes(shapes: list[Shape], readings: Readings, dims: int, least: int) -> dict[Axis, int]:
@@ -120,25 +123,41 @@ def _concrete(shape: Shape, readings: Readings, sizes: dict[Axis, int], dims: in
 
 
 class _Interpreter:
-    """Runs the original nodes between the anchors and a value, on demand, in float64."""
+    """Runs the nodes that a decision replaces, on demand, in float64, on random values of what they are made from."""
 
-    def __init__(self, nodes: Mapping[str, Node], readings: Readings, anchors: Mapping[str, Tensor]) -> None:
-        self.readings = readings
-        self.values: dict[str, Any] = dict(anchors)
-        self.nodes = nodes
+    def __init__(
+        self, decision: Decision, nodes: Mapping[str, Node], readings: Readings, draw: Callable[[str], Tensor]
+    ) -> None:
+        self.nodes, self.readings, self.draw = nodes, readings, draw
+        self.inside = {decision.node, *decision.inlined}
+        self.sources = set(decision.recipe.form.sources)
+        self.values: dict[str, Any] = {}
 
     def value(self, wanted: Node) -> Any:
         todo = [wanted]
         while todo:
             node = todo[-1]
-            missing = [n for n in node.all_input_nodes if n.name not in self.values]
-            if node.name in self.values or not missing or node.name in self.readings.facts.constants:
+            missing = [n for n in self._operands(node) if n.name not in self.values]
+            if node.name in self.values or not missing:
                 todo.pop()
                 if node.name not in self.values:
-                    self.values[node.name] = self._run(node)
+                    self.values[node.name] = self._run(node) if self._is_run(node) else self.draw(node.name)
             else:
                 todo.extend(missing)
         return self.values[wanted.name]
+
+    def _operands(self, node: Node) -> list[Node]:
+        return [] if node.name in self.readings.facts.constants or not self._is_run(node) else node.all_input_nodes
+
+    def _is_run(self, node: Node) -> bool:
+        """Whether the node is part of what is checked: replaced, a number, or a view of an anchor."""
+        facts = self.readings.facts
+        if node.name in self.inside or node.name in facts.constants or node.name in facts.scalars:
+            return True
+        form = self.readings.forms.get(node.name)
+        if form is not None:
+            return set(form.sources) <= self.sources - {node.name}
+        return bool(node.users) and is_bypass(node, self.readings)
 
     def _run(self, node: Node) -> Any:
         constant = self.readings.facts.constants.get(node.name)

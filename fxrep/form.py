@@ -96,7 +96,7 @@ class AffineForm:
     def __add__(self, other: AffineForm) -> AffineForm:
         dims = _one_layout(self.dims, other.dims)
         left, right = _common_parts(self, other)
-        parts = tuple(_add_parts(p, q, dims) for p, q in zip(left, right, strict=True))
+        parts = tuple(_add_parts(p, q) for p, q in zip(left, right, strict=True))
         return AffineForm(parts, dims, self.aligned and other.aligned)
 
     def then(self, operator: Term) -> AffineForm:
@@ -232,7 +232,7 @@ def _apply_to_stack(operator: AffineConv, parts: Sequence[Part]) -> tuple[Part, 
     applied = [_apply(operator.columns(lo, hi), p) for (lo, hi), p in zip(pairwise(bounds), parts, strict=True)]
     result = applied[0]
     for piece in applied[1:]:
-        result = _add_parts(result, piece, operator.dims)
+        result = _add_parts(result, piece)
     return (replace(result, bias=K.total(operator.bias, result.bias)),)
 
 
@@ -245,17 +245,17 @@ def _bounds(parts: Sequence[Part]) -> list[int]:
     return bounds
 
 
-def _add_parts(p: Part, q: Part, dims: int | None) -> Part:
+def _add_parts(p: Part, q: Part) -> Part:
     terms = dict(p.terms)
     channels = q.channels if p.channels is None else p.channels
     if p.channels is not None and q.channels not in (None, p.channels):
         raise Illegal("broadcast", f"{p.channels} channels are added to {q.channels}")
     for anchor, term in q.terms.items():
-        terms[anchor] = _add_terms(terms[anchor], term, channels, dims) if anchor in terms else term
-    return Part(_gathered(terms, channels, dims), K.total(p.bias, q.bias), channels)
+        _put(terms, anchor, term)
+    return Part(_gathered(terms, channels), K.total(p.bias, q.bias), channels)
 
 
-def _gathered(terms: dict[Anchor, Term], channels: int | None, dims: int | None) -> dict[Anchor, Term]:
+def _gathered(terms: dict[Anchor, Term], channels: int | None) -> dict[Anchor, Term]:
     """Terms on some channels of a value joined to a dense one on all of them, where there is one."""
     joined = dict(terms)
     for anchor, term in terms.items():
@@ -268,11 +268,17 @@ def _gathered(terms: dict[Anchor, Term], channels: int | None, dims: int | None)
     return joined
 
 
-def _add_terms(a: Term, b: Term, channels: int | None, dims: int | None) -> Term:
+def _add_terms(a: Term, b: Term) -> Term:
     if isinstance(a, Gain) and isinstance(b, Gain):
         return Gain(K.Sum((), (a.factor, b.factor)))
-    assert channels is not None and dims is not None  # one of the two is an AffineConv
-    return affine.add(_as_operator(a, channels, dims), _as_operator(b, channels, dims))
+    operator = a if isinstance(a, AffineConv) else b
+    assert isinstance(operator, AffineConv)
+    return affine.add(*(_as_operator(t, operator.out_channels, operator.dims) for t in (a, b)))
+
+
+def _put(terms: dict[Anchor, Term], anchor: Anchor, term: Term) -> None:
+    """Adds a term to a sum in which there may be one on its anchor already."""
+    terms[anchor] = _add_terms(terms[anchor], term) if anchor in terms else term
 
 
 def _common_parts(f: AffineForm, g: AffineForm) -> tuple[tuple[Part, ...], tuple[Part, ...]]:
@@ -299,10 +305,10 @@ def _take_rows(part: Part, rows: Ints) -> Part:
     terms: dict[Anchor, Term] = {}
     for anchor, term in part.terms.items():
         if isinstance(term, Gain):
-            terms[anchor.narrowed(rows)] = term
+            _put(terms, anchor.narrowed(rows), term)
         else:
             taken, columns = term.take(rows)
-            terms[anchor.narrowed(columns)] = taken
+            _put(terms, anchor.narrowed(columns), taken)
     bias = part.bias if part.bias is None or not part.bias.shape else K.take(part.bias, rows)
     return Part(terms, bias, len(rows))
 

@@ -32,6 +32,21 @@ class Emit:
     def is_pass(self) -> bool:
         return self.operator is None and self.gain is None and self.bias is None
 
+    @property
+    def is_pad(self) -> bool:
+        """Whether nothing but the border changes: no layer, `F.pad` alone."""
+        op = self.operator
+        if op is None or not isinstance(op.weight, K.Dirac) or op.bias is not None or op.groups != op.in_channels:
+            return False
+        return op.is_one_tap and not op.transposed and all(s == 1 for s in op.stride)
+
+    @property
+    def steps(self) -> int:
+        """How many operators it starts."""
+        if self.is_pass or self.is_pad or self.operator is None:
+            return int(not self.is_pass)
+        return 1 + needs_explicit_pad(self.operator)
+
 
 @dataclass(frozen=True, eq=False)
 class Recipe:
@@ -51,7 +66,16 @@ class Recipe:
     @property
     def convolutions(self) -> int:
         """How many layers with weights it needs."""
-        return sum(e.operator is not None for e in self.emits)
+        return sum(e.operator is not None and not e.is_pad for e in self.emits)
+
+    @property
+    def additions(self) -> int:
+        return sum(len(part) - 1 for part in self.parts)
+
+    @property
+    def steps(self) -> int:
+        """How many operators it starts."""
+        return sum(e.steps for e in self.emits) + self.additions + (len(self.parts) > 1)
 
     def describe(self) -> str:
         """Like `Conv2d(64, 64, k3x3 s1 p1)`, or a sum of such."""
@@ -61,7 +85,7 @@ class Recipe:
 
 def _describe(emit: Emit) -> str:
     if emit.operator is not None:
-        return emit.operator.describe()
+        return "pad" if emit.is_pad else emit.operator.describe()
     return "identity" if emit.is_pass else "scale" if emit.gain is not None else "shift"
 
 
@@ -193,7 +217,7 @@ class Pricer:
                 yield Work(elements=2 * elements, steps=1)
         if emit.is_pass:
             return
-        if emit.operator is None:
+        if emit.operator is None or emit.is_pad:
             yield Work(elements=2 * elements, steps=1)
             return
         yield from _convolution(emit.operator, elements, read, result)

@@ -95,6 +95,31 @@ def _attribute(root: nn.Module, target: str) -> Any:
     return owner
 
 
+class Collapsed(GraphModule):
+    """A GraphModule whose plain attributes (the report, `names`, `stride`, …) survive copying and pickling."""
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> GraphModule:
+        copied = super().__deepcopy__(memo)
+        _give_attributes(vars(self), copied, memo)
+        return copied
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _rebuilt, super().__reduce__()
+
+
+def _rebuilt(load: Any, arguments: tuple[Any, ...]) -> Collapsed:
+    plain = load(*arguments)
+    result = Collapsed(plain, plain.graph, type(plain).__name__)
+    _give_attributes(vars(plain), result, {})
+    return result.train(plain.training)
+
+
+def _give_attributes(attributes: Mapping[str, Any], result: nn.Module, memo: dict[int, Any]) -> None:
+    for name, attribute in attributes.items():
+        if name not in vars(result):
+            vars(result)[name] = copy.deepcopy(attribute, memo)
+
+
 def own_tensors(result: nn.Module, model: nn.Module) -> None:
     """Copies every tensor that still belongs to the caller's model; tied ones stay tied."""
     theirs = {id(t) for m in model.modules() for t in _stored(m)}
@@ -127,6 +152,5 @@ def carry_attributes(root: nn.Module, result: GraphModule) -> None:
     }  # fmt: skip
     for name, attribute in carried.items():
         setattr(result, name, attribute)
-    result.meta["_user_preserved_attributes"] = carried  # what a deep copy of a GraphModule would lose
     for name in HOOKS:
         vars(result)[name].update(vars(root)[name])

@@ -17,9 +17,9 @@ from fxrep.fold import Folded, fold, like_of
 from fxrep.mutation import Writes, drop_identities, functionalize
 from fxrep.ownership import Ledger
 from fxrep.plan import Decision, Plan, Problem, make_plan
-from fxrep.readers import Readings, read_graph
+from fxrep.readers import Readings, is_bypass, read_graph
 from fxrep.report import Collapse, Report
-from fxrep.rewrite import Rewriter, is_bypass, label_of, layer_names, settles
+from fxrep.rewrite import Rewriter, label_of, layer_names, settles
 from fxrep.trace import Traced
 
 
@@ -136,6 +136,10 @@ def _problem(graph: Graph, readings: Readings, writes: Writes, examples: dict[st
             continue
         for operand in node.all_input_nodes:
             readers[operand.name].add(node.name)
+    for name in reversed(readings.forms):  # a view that every reader looks through reads nothing itself
+        if not readers[name]:
+            for source in readings.forms[name].sources:
+                readers[source].discard(name)
     return Problem(
         forms=readings.forms,
         shapes=readings.facts.shapes,

@@ -111,14 +111,12 @@ class _State:
             self._accept(node, best)
 
     def _best(self, node: str) -> _Candidate | None:
-        now = self.seconds[node], self._steps(self.recipes[node])
+        now = self.seconds[node], self.recipes[node].steps
         best, margin = None, (0.0, 0)
         for candidate in self._candidates(node):
             saved = now[0] + sum(self.seconds[g] for g in candidate.gone) - candidate.seconds
-            fewer = now[1] + sum(self._steps(self.recipes[g]) for g in candidate.gone) - candidate.steps
-            if fewer < 0 or candidate.recipe.convolutions > self._convolutions(node, candidate.gone):
-                continue  # an operator distributed over a sum or a concatenation: more layers, for an addition saved
-            if not _is_float(candidate.recipe):
+            fewer = now[1] + sum(self.recipes[g].steps for g in candidate.gone) - candidate.steps
+            if fewer < 0 or self._grows(node, candidate) or not _is_float(candidate.recipe):
                 continue
             tie = abs(saved) <= TOLERANCE * max(now[0], candidate.seconds)
             worth = (0.0, fewer) if tie else (saved, fewer)
@@ -127,11 +125,15 @@ class _State:
             elif not tie and saved < 0 and fewer > 0:
                 self._decline(node, candidate, -saved)
         if best is not None:
-            self.refusals.pop((node, "costs-more"), None)
+            for code in ("costs-more", "layout"):
+                self.refusals.pop((node, code), None)
         return best
 
-    def _convolutions(self, node: str, gone: frozenset[str]) -> int:
-        return sum(self.recipes[n].convolutions for n in (node, *gone))
+    def _grows(self, node: str, candidate: _Candidate) -> bool:
+        """Whether an operator would be distributed over a sum or a concatenation: more layers, or more additions."""
+        replaced = [self.recipes[n] for n in (node, *candidate.gone)]
+        layers, additions = (sum(r.convolutions for r in replaced), sum(r.additions for r in replaced))
+        return candidate.recipe.convolutions > layers or candidate.recipe.additions > additions
 
     def _candidates(self, node: str) -> Iterable[_Candidate]:
         anchors = [s for s in self.recipes[node].form.sources if s in self.recipes]
@@ -165,9 +167,10 @@ class _State:
             gone |= {anchor} if self._read_only_by(anchor, node, gone) else set()
             try:
                 recipe = self._lower(node, form, check=True)
-            except Illegal:
-                continue  # no operator computes this much of the cone; a larger part may be one
-            yield _Candidate(recipe, tuple(absorbed), frozenset(gone), self._seconds(node, recipe), self._steps(recipe))
+            except Illegal as illegal:  # no operator computes this much of the cone; a larger part may be one
+                self._refuse(node, illegal.code, illegal.reason, illegal.hint)
+                continue
+            yield _Candidate(recipe, tuple(absorbed), frozenset(gone), self._seconds(node, recipe), recipe.steps)
 
     def _rebuild(self, node: str, absorbed: list[str]) -> AffineForm:
         form = self.recipes[node].form
@@ -248,11 +251,6 @@ class _State:
 
     def _seconds(self, node: str, recipe: Recipe) -> float:
         return self.pricer.seconds(recipe, self.problem.shapes.of[node], self.problem.shapes.of.__getitem__)
-
-    def _steps(self, recipe: Recipe) -> int:
-        terms = sum(not e.is_pass for e in recipe.emits)
-        sums = sum(len(p) - 1 for p in recipe.parts)
-        return terms + sums + (len(recipe.parts) > 1)
 
     def plan(self) -> Plan:
         decisions = {

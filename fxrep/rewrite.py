@@ -15,8 +15,9 @@ from torch.fx import Graph, GraphModule, Node
 from fxrep import mutation
 from fxrep.fold import Folded, layer_of, pad_arguments, pad_mode, scale_of
 from fxrep.lower import Emit, needs_explicit_pad
+from fxrep.ownership import Collapsed
 from fxrep.plan import Decision, Plan
-from fxrep.readers import Readings
+from fxrep.readers import Readings, is_bypass
 from fxrep.readers.walk import ASSERTS
 from fxrep.shapes import Dim, Product, Size
 
@@ -53,23 +54,22 @@ class Rewriter:
         targets = {
             str(n.target): self._attribute(str(n.target)) for n in self.new.nodes if n.op in ("call_module", "get_attr")
         }
-        return GraphModule(targets, self.new, class_name)
+        return Collapsed(targets, self.new, class_name)
 
     def _node(self, node: Node) -> None:
         name = node.name
         if name in self.plan.removed:
             return
         if name in self.plan.decisions:
-            self.env[node] = self._decision(node, self.plan.decisions[name])
+            self.env[node] = self._decision(self.plan.decisions[name])
             return
-        if (
-            self._is_settled_assert(node)
-            or self._is_stranded(node)
-            or (name in self.readings.facts.scalars and not node.users)
-        ):
+        size = name in self.readings.facts.scalars
+        stranded = any(n not in self.env for n in node.all_input_nodes)
+        if self._is_settled_assert(node) or (size and not node.users):
             return
-        if name in self.readings.facts.scalars and any(n not in self.env for n in node.all_input_nodes):
-            self.env[node] = self._metadata(node)
+        if stranded:  # it led only to values that are now computed without it, such as a chunk whose pieces were folded
+            if size:
+                self.env[node] = self._metadata(node)
             return
         copied = self.new.node_copy(node, lambda n: self.env[n])
         self.env[node] = copied
@@ -83,10 +83,8 @@ class Rewriter:
             self.droppable.append(copied)
 
     def _assumptions(self) -> dict[str, int]:
-        """The values whose number of axes a fold took for granted, and that number."""
-        facts = self.readings.facts
-        folded = {n for d in self.plan.decisions.values() for n in (*d.inlined, d.node)} & facts.assumed.keys()
-        return {root: rank for root, rank in map(facts.assumed.__getitem__, folded) if root not in facts.shapes.ranks}
+        """The values whose number of axes was taken for granted, and that number, if anything was folded."""
+        return dict(self.readings.facts.assumed) if self.plan.decisions else {}
 
     def _guard(self, value: Node, rank: int) -> None:
         """Unbatched inputs, for which the fold would mean something else, are refused aloud."""
@@ -100,12 +98,7 @@ class Rewriter:
         condition = node.args[0] if node.target in ASSERTS and node.args else None
         return isinstance(condition, Node) and self.readings.facts.scalars.get(condition.name) is True
 
-    def _is_stranded(self, node: Node) -> bool:
-        """Whether the op led only to values that are now computed without it (a chunk whose pieces were folded)."""
-        missing = [n for n in node.all_input_nodes if n not in self.env]
-        return bool(missing) and is_bypass(node, self.readings)
-
-    def _decision(self, node: Node, decision: Decision) -> Node:
+    def _decision(self, decision: Decision) -> Node:
         parts = [self._sum(part, decision) for part in decision.recipe.parts]
         if len(parts) == 1:
             return parts[0]
@@ -126,10 +119,12 @@ class Rewriter:
         if folded.emit.operator is None:
             return self._scale(folded, x, decision)
         operator_ = folded.emit.operator
-        if needs_explicit_pad(operator_):
+        if folded.emit.is_pad or needs_explicit_pad(operator_):
             mode = pad_mode(operator_)
             value = folded.fill if mode == "constant" else None
             x = self._call(F.pad, (x, pad_arguments(operator_)), {"mode": mode, "value": value})
+        if folded.emit.is_pad:
+            return x
         name = self._install(layer_of(folded), folded.emit, decision)
         called = self.new.call_module(name, (x,))
         self.ours.add(called)
@@ -221,7 +216,7 @@ def layer_names(plan: Plan, nodes: Mapping[str, Node], modules: Mapping[str, nn.
         for emit in decision.recipe.emits:
             numbered = (stem, *(f"{stem}_{i}" for i in range(1, len(taken) + 2)))
             name = next(n for n in numbered if n not in taken and not hasattr(modules.get(scope), n.rpartition(".")[2]))
-            if not emit.is_pass:
+            if not (emit.is_pass or emit.is_pad):
                 taken.add(name)
             names[id(emit)] = name
     return names
@@ -251,16 +246,6 @@ def label_of(node: Node) -> str:
         return str(node.target)
     scope = scope_of(node)
     return f"{scope}:{node.name}" if scope else node.name
-
-
-def is_bypass(node: Node, readings: Readings) -> bool:
-    """Whether every reader of this op has a form that does without it: the chunk under its pieces."""
-    if node.op not in ("call_function", "call_method") or not node.users or node.name in readings.forms:
-        return False
-    return all(
-        (u.name in readings.forms and node.name not in readings.forms[u.name].sources) or is_bypass(u, readings)
-        for u in node.users
-    )
 
 
 def settles(node: Node, readings: Readings) -> bool:

@@ -73,6 +73,34 @@ def multiplied(*dims: Dim) -> Dim:
     return Size(Product((*rest, factor) if factor != 1 else tuple(rest)))
 
 
+def divided(dim: Dim, by: Dim) -> Dim | None:
+    """dim / by where it is certainly whole: an exact quotient, or a product less some of its factors."""
+    if by == 1:
+        return dim
+    if dim == by:
+        return 1
+    if isinstance(dim, int):
+        return dim // by if isinstance(by, int) and by and dim % by == 0 else None
+    factors, gone = _factors(dim), _factors(by)
+    for factor in gone:
+        if isinstance(factor, int):
+            number = next((f for f in factors if isinstance(f, int) and f % factor == 0), None)
+            if number is None:
+                return None
+            factors[factors.index(number)] = number // factor
+        elif factor in factors:
+            factors.remove(factor)
+        else:
+            return None
+    return multiplied(*factors)
+
+
+def _factors(dim: Dim) -> list[Dim]:
+    if isinstance(dim, Size) and isinstance(dim.base, Product) and (dim.add, dim.divide) == (0, 1):
+        return list(dim.base.sizes)
+    return [dim]
+
+
 @dataclass
 class Shapes:
     """What is known of every value's shape. Facts found later (a rank, a channel count) serve earlier values too."""

@@ -2,9 +2,9 @@
 
 from fxrep.readers import arithmetic, channels, convolution, normalization, opaque, pooling, views
 from fxrep.readers.registry import Call, Facts, reader, registered, shape_rule
-from fxrep.readers.walk import Readings, is_hooked, read_graph
+from fxrep.readers.walk import Readings, is_bypass, is_hooked, read_graph
 
 __all__ = [
-    "Call", "Facts", "Readings", "arithmetic", "channels", "convolution", "is_hooked", "normalization", "opaque",
-    "pooling", "read_graph", "reader", "registered", "shape_rule", "views",
+    "Call", "Facts", "Readings", "arithmetic", "channels", "convolution", "is_bypass", "is_hooked", "normalization",
+    "opaque", "pooling", "read_graph", "reader", "registered", "shape_rule", "views",
 ]  # fmt: skip

@@ -21,7 +21,10 @@ ACTIVATIONS = tuple(
     if isinstance(kind, type) and issubclass(kind, nn.Module) and kind.__module__ == activation.__name__
     and name not in ("MultiheadAttention", "Module", "GLU")
 )  # fmt: skip
-NORMS = (nn.LayerNorm, nn.GroupNorm, nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d, nn.LocalResponseNorm)
+NORMS = (
+    nn.LayerNorm, nn.GroupNorm, nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d, nn.LocalResponseNorm,
+    nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm, F.batch_norm,
+)  # fmt: skip
 SAME_FUNCTIONS = (
     F.relu, F.relu6, F.elu, F.selu, F.celu, F.leaky_relu, F.prelu, F.rrelu, F.silu, F.mish, F.gelu, F.hardtanh,
     F.hardswish, F.hardsigmoid, F.sigmoid, F.tanh, F.softplus, F.softsign, F.logsigmoid, F.hardshrink, F.softshrink,

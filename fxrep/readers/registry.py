@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from fractions import Fraction
 from typing import Any
 
 import torch
@@ -65,8 +66,8 @@ class Facts:
     constants: dict[str, Kernel] = field(default_factory=dict)
     scalars: dict[str, Any] = field(default_factory=dict)
     layouts: dict[str, Layout] = field(default_factory=dict)
-    #: by node: the value that its reading took to have so many axes, since a convolution made it and nothing says else
-    assumed: dict[str, tuple[str, int]] = field(default_factory=dict)
+    #: values taken to have so many axes, since a convolution was made of them and nothing says otherwise
+    assumed: dict[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -75,7 +76,7 @@ class Atom:
 
     axis: int
     size: Dim
-    stride: int = 1
+    stride: Fraction = Fraction(1)
 
 
 @dataclass(frozen=True)
@@ -164,7 +165,7 @@ class Call:
         shape = self.shape(argument)
         rank = self.shapes.rank(shape)
         if rank is None and self.assumes and shape.root is not None and len(shape.tail) > 1:
-            self.facts.assumed[self.node.name] = (shape.root, len(shape.tail) + 1)
+            self.facts.assumed[shape.root] = len(shape.tail) + 1
             return len(shape.tail) + 1
         if rank is None:
             raise Illegal(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from fractions import Fraction
 from itertools import product
 from math import prod
 from typing import Any
@@ -12,7 +13,7 @@ from torch.fx import Node
 
 from fxrep.errors import Illegal
 from fxrep.readers.registry import Atom, Call, Layout, shape_rule
-from fxrep.shapes import Axis, Dim, Shape, Size, multiplied
+from fxrep.shapes import Axis, Dim, Shape, Size, divided, multiplied
 
 Axes = tuple[tuple[Atom, ...], ...]
 
@@ -88,7 +89,9 @@ def shape_of_permute(at: Call) -> Shape:
 def shape_of_squeeze(at: Call) -> Shape:
     x, dim = at.bind("input dim", dim=None)
     layout = layout_of(at, x)
-    if not isinstance(dim, int) or multiplied(*(a.size for a in layout.axes[dim])) != 1:
+    if not isinstance(dim, int) or not -len(layout.axes) <= dim < len(layout.axes):
+        raise Illegal("shape-unknown", "which axes it drops depends on their number")
+    if multiplied(*(a.size for a in layout.axes[dim])) != 1:
         raise Illegal("shape-unknown", "which axes it drops depends on their sizes")
     axes = list(layout.axes)
     del axes[dim]
@@ -139,45 +142,37 @@ def _matched(at: Call, x: Node, sizes: list[Dim]) -> Shape | None:
 def _match(
     atoms: list[Atom], sizes: list[Dim], from_end: bool = False
 ) -> tuple[list[tuple[Atom, ...]] | None, list[Atom]]:
-    """Takes atoms from the front for each size in turn, splitting an axis where its size is that of several."""
-    rest, axes, todo = list(atoms), [], list(sizes)
-    while todo:
-        size = todo.pop(0)
+    """Takes atoms from the front for each size in turn, splitting an axis where only a factor of it is wanted."""
+    rest, axes = list(atoms), []
+    for size in sizes:
         taken: list[Atom] = []
         while (have := multiplied(*(a.size for a in taken))) != size:
             if not rest:
                 return None, atoms
             atom = rest.pop(0)
-            pieces = _split(atom, size, have, from_end) or _split_in(atom, size, have, todo, from_end)
-            if pieces:
-                atom, rest = pieces[0], [*pieces[1:], *rest]
+            need = divided(size, have)
+            left = None if need is None or need == atom.size else divided(atom.size, need)
+            if need is not None and left is not None:
+                atom, piece = _split(atom, need, left, from_end)
+                rest.insert(0, piece)
             taken.append(atom)
         axes.append(tuple(reversed(taken)) if from_end else tuple(taken))
     return axes, rest
 
 
-def _split_in(atom: Atom, size: Dim, have: Dim, following: list[Dim], from_end: bool) -> list[Atom] | None:
-    """An axis of symbolic size as the product of `size` and the sizes that follow."""
-    if have != 1 or atom.size == size or from_end or isinstance(atom.size, int):
-        return None
-    for count in range(1, len(following) + 1):
-        sizes = [size, *following[:count]]
-        if multiplied(*sizes) == atom.size:
-            return [Atom(atom.axis, s, count - i + 1) for i, s in enumerate(sizes)]
-    return None
+def _split(atom: Atom, need: Dim, left: Dim, from_end: bool) -> tuple[Atom, Atom]:
+    """The outer (or, from the end, the inner) factor `need` of an axis, and the factor that is left.
 
-
-def _split(atom: Atom, size: Dim, have: Dim, from_end: bool) -> list[Atom] | None:
-    """The piece of an axis of known size that completes `size`, and what is left of it."""
-    if not (isinstance(atom.size, int) and isinstance(size, int) and isinstance(have, int)) or have * atom.size <= size:
-        return None
-    need, remainder = divmod(size, have)
-    if remainder or need == 0 or atom.size % need:
-        return None
-    left = atom.size // need
-    if from_end:
-        return [Atom(atom.axis, need, atom.stride), Atom(atom.axis, left, atom.stride * need)]
-    return [Atom(atom.axis, need, atom.stride * left), Atom(atom.axis, left, atom.stride)]
+    Where a size is symbolic its stride is; what stands in its place then tells only the order of the pieces.
+    """
+    outer, inner = (left, need) if from_end else (need, left)
+    known = isinstance(outer, int) and isinstance(inner, int)
+    step = Fraction(inner) if known and isinstance(inner, int) else Fraction(1)
+    if known:
+        pieces = Atom(atom.axis, outer, atom.stride * step), Atom(atom.axis, inner, atom.stride)
+    else:
+        pieces = Atom(atom.axis, outer, atom.stride), Atom(atom.axis, inner, atom.stride / 2)
+    return (pieces[1], pieces[0]) if from_end else pieces
 
 
 def axes_of(at: Call) -> tuple[Node, Axes]:
@@ -208,5 +203,5 @@ def channel_permutation(at: Call, source: Node, axes: Axes) -> tuple[int, tuple[
     sizes = [a.size for a in atoms if isinstance(a.size, int)]
     if len(sizes) != len(atoms) or prod(sizes) != at.dim(source, changed[0] - len(whole)):
         raise Illegal("not-affine", "the sizes that the view permutes are not known")
-    ranges = [range(0, s * a.stride, a.stride) for s, a in zip(sizes, atoms, strict=True)]
+    ranges = [range(0, s * int(a.stride), int(a.stride)) for s, a in zip(sizes, atoms, strict=True)]
     return len(whole) - 1 - changed[0], tuple(sum(p) for p in product(*ranges))

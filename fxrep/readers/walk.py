@@ -46,9 +46,13 @@ def read_graph(graph: Graph, modules: dict[str, nn.Module], ranks: Mapping[str, 
     """
     first = _read_once(graph, modules, dict(ranks or {}), {})
     known = first.facts.shapes
+    taken = {root: rank for root, rank in first.facts.assumed.items() if root not in known.ranks}
+    first.facts.assumed = taken
     if not any(r.code in ("shape-unknown", "rank-unknown", "broadcast") for r in first.refusals.values()):
         return first
-    return _read_once(graph, modules, known.ranks, known.sizes)
+    second = _read_once(graph, modules, known.ranks | taken, known.sizes)
+    second.facts.assumed = taken
+    return second
 
 
 def _read_once(graph: Graph, modules: dict[str, nn.Module], ranks: dict[str, int], sizes: dict[Axis, int]) -> Readings:
@@ -128,6 +132,16 @@ def _convolved(size: Any, term: AffineConv, i: int) -> Any:
         return shifted(size, term.net_pad[i] - 1 + stride, stride)
     scaled = multiplied(shifted(size, -1), stride)
     return shifted(scaled, term.span[i] + 1 - term.pad_lo[i] - term.pad_hi[i])
+
+
+def is_bypass(node: Node, readings: Readings) -> bool:
+    """Whether every reader of this op has a form that does without it: the chunk under its pieces."""
+    if node.op not in ("call_function", "call_method") or not node.users or node.name in readings.forms:
+        return False
+    return all(
+        (u.name in readings.forms and node.name not in readings.forms[u.name].sources) or is_bypass(u, readings)
+        for u in node.users
+    )
 
 
 def is_hooked(module: nn.Module) -> bool:

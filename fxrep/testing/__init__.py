@@ -5,8 +5,8 @@
         network = data.draw(networks())
         inputs = data.draw(inputs_for(network))  # new tensors each time they are unpacked: network(*inputs)
 
-A program is a list of steps in which every operand and option is an integer modulo what there is, so that any program is
-a valid network, and stays one when a step is left out: failing examples shrink to a few readable lines.
+A program is a list of steps in which every operand and option is an integer modulo what there is, so that any program
+is a valid network, and stays one when a step is left out: failing examples shrink to a few readable lines.
 """
 
 from __future__ import annotations

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from fxrep.testing import ops  # noqa: F401 - fills the table of ops
+from fxrep.testing import layers, ops  # noqa: F401 - they fill the table of ops
 from fxrep.testing.writer import INPUTS, OPS, At, Step, Value, Writer
 
 
@@ -20,7 +20,8 @@ from fxrep.testing.writer import INPUTS, OPS, At, Step, Value, Writer
 class Program:
     """A random network as data: always valid, and still valid when any of its steps is left out.
 
-    `input` is one of `rows`, `tokens`, `1d`, `2d`, `3d`; `functional` spells every layer as a call of `torch.nn.functional`.
+    `input` is one of `rows`, `tokens`, `1d`, `2d`, `3d`; `functional` spells every layer as a call of
+    `torch.nn.functional`, on the same weights.
     """
 
     input: str = "2d"
@@ -36,7 +37,7 @@ class Program:
 
 
 class Network(nn.Module):
-    """What a program decodes to, in eval mode and float64, its batch norms away from their defaults. `repr` is its source."""
+    """What a program decodes to: in eval mode and float64, batch norms away from their defaults; prints its source."""
 
     def __init__(self, program: Program, source: str) -> None:
         super().__init__()

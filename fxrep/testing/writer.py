@@ -11,18 +11,18 @@ T = TypeVar("T")
 #: Per spatial axis: the size of a value for each size that the input's axis may have.
 Sizes = tuple[tuple[int, ...], ...]
 
-#: The sizes of an input's spatial axes, by the kind of input. `rows` are (N, C), `tokens` (N, L, C), the rest (N, C, *S).
+#: The spatial sizes of inputs, by kind: `rows` are (N, C), `tokens` (N, L, C), the others (N, C, *S).
 INPUTS: Mapping[str, tuple[range, ...]] = {
     "rows": (), "tokens": (range(2, 6),), "1d": (range(8, 21),), "2d": (range(7, 15),) * 2, "3d": (range(5, 9),) * 3,
 }  # fmt: skip
 LARGEST = {0: 1, 1: 64, 2: 32, 3: 14}
 MOST_CHANNELS = 16
-_NAMES = re.compile(r"\b(?:x|y|v\d+)\b")
+_VALUE = re.compile(r"\b(?:x|y|v\d+)\b")
 
 
 @dataclass(frozen=True)
 class Step:
-    """One instruction. Operand `on` is the value made `on` steps ago (modulo); `other` says where to look for a second one.
+    """One instruction. Its operand is the value of `on` steps ago (modulo); a second is sought from `other` steps ago.
 
     `picks` are the op's choices in turn, each modulo the number of options and 0 where they have run out, so that any
     integers mean something, and zeros mean the plainest form.
@@ -36,7 +36,8 @@ class Step:
 
 @dataclass(frozen=True)
 class Value:
-    """A variable: its layout (`map` (N, C, *S), `last` (N, *S, C), `tokens` (N, L, C), `rows` (N, C)) and whose memory it shares."""
+    """A variable. `layout` is `map` (N, C, *S), `last` (N, *S, C), `tokens` (N, L, C) or `rows` (N, C); `memory` names
+    the variable whose memory it may share."""
 
     name: str
     layout: str
@@ -54,7 +55,7 @@ class Value:
         return len(self.sizes)
 
     def fits(self, other: Value) -> bool:
-        """Whether the two can be joined along channels, whatever the size of the input."""
+        """Whether the two differ at most in channels, whatever the size of the input."""
         return (self.layout, self.sizes) == (other.layout, other.sizes)
 
 
@@ -80,7 +81,7 @@ class Writer:
     lines: list[str] = field(default_factory=list)
     layers: list[Layer] = field(default_factory=list)
     weights: dict[tuple[object, ...], str] = field(default_factory=dict)
-    pieces: dict[tuple[str, str], str] = field(default_factory=dict)
+    pieces: dict[str, str] = field(default_factory=dict)
     unread: dict[str, None] = field(default_factory=dict)
     kept: list[str] = field(default_factory=list)
     count: int = 0
@@ -90,39 +91,46 @@ class Writer:
         return f"{stem}{self.count}"
 
     def layer(self, stem: str, constructor: str) -> str:
-        """A new attribute of the network, by its name."""
-        name = self.fresh(stem)
-        self.build.append(f"self.{name} = {constructor}")
-        return f"self.{name}"
+        """A new attribute of the network, as `self.stem1`."""
+        name = self.fresh(f"self.{stem}")
+        self.build.append(f"{name} = {constructor}")
+        return name
 
     def let(self, expression: str, like: Value, *, channels: int = 0, sizes: Sizes | None = None, layout: str = "",
             view: bool = False) -> Value:  # fmt: skip
-        """A new variable; what is not told is as in `like`."""
+        """A new variable; what is not told is as in `like`, whose memory a `view` shares."""
         name = self.fresh("v")
         self._note(f"{name} = {expression}", expression, name)
         memory = like.memory if view else name
         sizes = like.sizes if sizes is None else sizes
         return Value(name, layout or like.layout, channels or like.channels, sizes, memory)
 
-    def write(self, line: str, target: Value, source: str = "") -> Value:
-        """A statement that writes into `target`, reading `source`."""
-        self._note(line, source, target.name)
+    def write(self, statement: str, target: Value, source: str) -> Value:
+        """A statement that writes what it reads from `source` into `target`."""
+        self._note(statement, source, target.name)
         return target
+
+    def once(self, x: Value, call: str) -> str:
+        """The variable that holds what `call` gives of x, computed where it is first needed."""
+        if call not in self.pieces:
+            self.pieces[call] = self.fresh("p")
+            self.lines.append(f"{self.pieces[call]} = {call}")
+        self.unread.pop(x.name, None)
+        return self.pieces[call]
 
     def _note(self, line: str, reads: str, makes: str) -> None:
         self.lines.append(line)
-        for name in _NAMES.findall(reads):
+        for name in _VALUE.findall(reads):
             self.unread.pop(name, None)
         self.unread[makes] = None
 
     def source(self) -> str:
         """The two functions of the network; it returns every value that nobody read, and those that are kept."""
         results = list(dict.fromkeys([*self.unread, *self.kept])) or [self.values[-1].name]
-        given = ", ".join(v.name for v in self.inputs)
         answer = results[0] if len(results) == 1 else f"({', '.join(results)})"
         build = ["def build(self):", *self.build, "return self"]
-        forward = [f"def forward(self, {given}):", *self.lines, f"return {answer}"]
-        return "\n".join(line if line.startswith("def ") else f"    {line}" for line in (*build, *forward)) + "\n"
+        forward = [f"def forward(self, {', '.join(v.name for v in self.inputs)}):", *self.lines, f"return {answer}"]
+        return "".join(f"{line}\n" if line.startswith("def ") else f"    {line}\n" for line in (*build, *forward))
 
 
 @dataclass
@@ -143,6 +151,7 @@ class At:
         return self.writer.functional
 
     def pick(self, *options: T) -> T:
+        """The option that the step's next choice means."""
         picks = self.step.picks
         choice = picks[self.taken] if self.taken < len(picks) else 0
         self.taken += 1
@@ -161,8 +170,8 @@ OPS: dict[str, Op] = {}
 
 
 def op(function: Op) -> Op:
-    """Adds an op to the table, under its function's name without the trailing underscore."""
-    name = function.__name__.rstrip("_")
+    """Adds an op to the table, under its function's name."""
+    name = function.__name__
     if name in OPS:
         raise ValueError(f"there already is an op {name!r}")
     OPS[name] = function
@@ -171,5 +180,5 @@ def op(function: Op) -> Op:
 
 def possible(sizes: Sizes) -> bool:
     """Whether every size is one that a program may have."""
-    largest = LARGEST.get(len(sizes), 8)
+    largest = LARGEST[len(sizes)]
     return all(1 <= n <= largest for axis in sizes for n in axis)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,6 +20,8 @@ from fxrep.trace import structural_copy, trace
 Examples = Tensor | tuple[Any, ...] | list[Any] | Mapping[str, Any] | None
 Attempt = Callable[["Case"], str | None]
 """Runs the original on a case and gives the error, or None."""
+Resize = Callable[[int, int], int]
+"""Another size of a free axis: from its size and its place among the free axes."""
 
 BATCHES = (2, 3, 1)
 SIDES = (32, 64, 96, 128, 224, 256, 299, 384)  # tried in turn where no example tells a size
@@ -73,37 +76,36 @@ class Sampler:
 
     def cases(self, count: int, attempt: Attempt) -> Iterator[Case]:
         """The own size, an odd, an even and the smallest that runs, in turn, each with other batches and formats."""
-        own = _Variation("own", lambda size, _: size)
-        sides = (own, _Variation("odd", _odd), _Variation("even", _even), self._smallest(attempt) or own)
+        sides = (own_size, _odd, _even, self._smallest(attempt) if count > 3 else own_size)
         for i in range(count):
             batch, last = BATCHES[i % len(BATCHES)], (i + i // len(sides)) % 2 == 1
-            tries = [(sides[i % 4], batch), (own, batch), (sides[i % 4], None), (own, None)]
-            drawn = (self.draw(side, b, last, i) for side, b in tries)
-            yield next(case for case in drawn if case == self.own or attempt(case) is None)
+            tries = [(sides[i % 4], batch), (own_size, batch), (sides[i % 4], None), (own_size, None)]
+            drawn = [self.draw(side, b, last, i) for side, b in tries]
+            yield next((case for case in drawn[:-1] if attempt(case) is None), drawn[-1])
 
-    def _smallest(self, attempt: Attempt) -> _Variation | None:
-        tries = (_Variation(f"side {n}", lambda _size, _position, n=n: n) for n in SMALL_SIDES)
-        return next((v for v in tries if attempt(self.draw(v, 1, False, 0)) is None), None)
+    def _smallest(self, attempt: Attempt) -> Resize:
+        tries = (partial(_fixed, n) for n in SMALL_SIDES)
+        return next((r for r in tries if attempt(self.draw(r, None, False, 0)) is None), own_size)
 
-    def draw(self, side: _Variation, batch: int | None, channels_last: bool, number: int) -> Case:
+    def draw(self, resize: Resize, batch: int | None, channels_last: bool, number: int) -> Case:
         """Random floating-point tensors; other arguments are kept as they are."""
         generator = torch.Generator().manual_seed(self.seed + number)
         arguments = {}
         for name, value in self.own.arguments.items():
             known = self.known.get(name, Known())
             arguments[name] = tree_map_only(
-                Tensor, lambda t, known=known: _drawn(t, known, side, batch, channels_last, generator), value
+                Tensor, lambda t, known=known: _drawn(t, known, resize, batch, channels_last, generator), value
             )
         is_last = channels_last and any(t.ndim in CHANNELS_LAST for t in tree_leaves(arguments) if _is_float(t))
         return replace(self.own, arguments=arguments, memory_format="channels_last" if is_last else "contiguous")
 
 
-@dataclass(frozen=True)
-class _Variation:
-    """How a free axis is resized: from its size and its place among the free axes."""
+def own_size(size: int, _position: int) -> int:
+    return size
 
-    name: str
-    resize: Callable[[int, int], int]
+
+def _fixed(side: int, _size: int, _position: int) -> int:
+    return side
 
 
 def _odd(size: int, position: int) -> int:
@@ -116,7 +118,7 @@ def _even(size: int, position: int) -> int:
 
 
 def _drawn(
-    template: Tensor, known: Known, side: _Variation, batch: int | None, last: bool, generator: torch.Generator
+    template: Tensor, known: Known, resize: Resize, batch: int | None, last: bool, generator: torch.Generator
 ) -> Tensor:
     if not _is_float(template):
         return template
@@ -125,7 +127,7 @@ def _drawn(
     if batch is not None and rank > 1 and known.is_free(0, rank):
         shape[0] = batch
     for position, axis in enumerate(a for a in range(1, rank) if known.is_free(a, rank)):
-        shape[axis] = side.resize(shape[axis], position)
+        shape[axis] = resize(shape[axis], position)
     wide = torch.complex128 if template.is_complex() else torch.float64
     drawn = torch.randn(shape, generator=generator, dtype=wide).to(template.device, template.dtype)
     return drawn.contiguous(memory_format=CHANNELS_LAST[rank]) if last and rank in CHANNELS_LAST else drawn
@@ -142,7 +144,9 @@ def sampler(
     signature = inspect.signature(model.forward)
     if example_inputs is None:
         known = _known(model, {})
-        return Sampler(_inferred(model, signature, known, like, attempt), known if isinstance(known, dict) else {}, seed)
+        return Sampler(
+            _inferred(model, signature, known, like, attempt), known if isinstance(known, dict) else {}, seed
+        )
     own = Case(signature, _bound(model, signature, example_inputs)).mapped(lambda t: t.detach().to(like[1]))
     error = attempt(own)
     if error is not None:

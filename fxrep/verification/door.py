@@ -1,0 +1,196 @@
+"""The public door of verification."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from statistics import mean
+
+import torch
+from torch import Tensor, nn
+from torch.fx import GraphModule
+from torch.nn.parameter import UninitializedParameter
+
+from fxrep.errors import FxrepError
+from fxrep.ownership import own_tensors
+from fxrep.trace import structural_copy
+from fxrep.verification.compare import Leaf, compare, judged, leaves
+from fxrep.verification.inputs import own_size, Case, Examples, Sampler, sampler
+from fxrep.verification.localise import localise
+from fxrep.verification.verdict import Comparison, Parting, Probe, Trial, Verdict
+
+ERROR_WIDTH = 200
+
+
+def verify(
+    original: nn.Module, collapsed: nn.Module, example_inputs: Examples = None, *, trials: int = 4, seed: int = 0
+) -> Verdict:
+    """Runs both on random inputs and compares their errors, with the original in float64 as the truth.
+
+    The two are equal if, for every output of every trial, the largest error of the collapsed model is at most 4 times the
+    original's own error in its dtype, plus 4 units of rounding (in float64, where the original has no error: 1e-10),
+    relative to the largest value; and if values are not finite at the same places.
+
+    Args:
+        original: any module; both run as copies in eval mode and are not touched, nor is the random state.
+        collapsed: what should give the same, in the same dtype and on the same device.
+        example_inputs: a tensor, a tuple of positional or a dict of keyword arguments. Their shapes and dtypes matter;
+            numbers are random, but for arguments that are no floating-point tensors. They may be left out where the
+            network itself tells the shapes that it takes.
+        trials: how many inputs. In turn: the example's own size, an odd, an even and the smallest that runs, at batches
+            of 2, 3 and 1, contiguous or channels_last.
+        seed: of the random numbers.
+
+    Returns:
+        A `Verdict`: truthy if the two are equal. It says how errors compare, where the largest difference sits, the first
+        layer at which the two part, and what a single inf or nan in the input does. `print` gives a table.
+
+    Raises:
+        FxrepError: wrong arguments, or no input on which the original runs.
+    """
+    _check(original, collapsed, trials)
+    own, new, truth = _copy(original), _copy(collapsed), _copy(original, wide=True)
+
+    def attempt(case: Case) -> str | None:
+        outputs = _run(own, case)
+        return outputs if isinstance(outputs, str) else _useless(outputs)
+
+    with torch.no_grad():
+        draws = sampler(original, example_inputs, seed, _like(original), attempt)
+        cases = list(draws.cases(trials, attempt))
+        done = _judged(cases, [_compared(case, own, new, truth) for case in cases])
+        failed = next((case for case, trial in zip(cases, done, strict=True) if not trial), None)
+        parted = _parting(original, collapsed, failed) if failed else ""
+        probes = tuple(p for name in ("inf", "nan") if (p := _probe(name, draws, own, new)))
+    found, why = (parted, "") if isinstance(parted, Parting) else (None, parted)
+    dtype = str(_like(original)[0]).removeprefix("torch.")
+    return Verdict(type(original).__name__, dtype, done, _ratio(done), found, why, probes)
+
+
+def _check(original: nn.Module, collapsed: nn.Module, trials: int) -> None:
+    for name, model in (("original", original), ("collapsed", collapsed)):
+        _check_model(name, model)
+    if not isinstance(trials, int) or isinstance(trials, bool) or trials < 1:
+        raise FxrepError(f"trials is {trials!r}; pass how many inputs to try, 1 or more")
+    old, new = _kinds(original), _kinds(collapsed)
+    if old and new and not old & new:
+        raise FxrepError(
+            f"the original is {_told(old)} and collapsed is {_told(new)}; bring both to one dtype and device"
+        )
+
+
+def _check_model(name: str, model: nn.Module) -> None:
+    if not isinstance(model, nn.Module):
+        raise FxrepError(f"{name} is a {type(model).__name__}, not a torch.nn.Module; pass the model itself")
+    for path, parameter in model.named_parameters():
+        if isinstance(parameter, UninitializedParameter):
+            raise FxrepError(
+                f"{name}: the lazy parameter {path} has no shape yet; run the model once on an input first"
+            )
+        if parameter.is_meta:
+            raise FxrepError(f"{name}: the parameter {path} is on the meta device; there are no numbers to compare")
+
+
+def _kinds(model: nn.Module) -> set[tuple[torch.dtype, torch.device]]:
+    return {(t.dtype, t.device) for t in (*model.parameters(), *model.buffers()) if t.is_floating_point()}
+
+
+def _told(kinds: set[tuple[torch.dtype, torch.device]]) -> str:
+    return " and ".join(sorted(f"{dtype} on {device}" for dtype, device in kinds))
+
+
+def _like(model: nn.Module) -> tuple[torch.dtype, torch.device]:
+    """The dtype and device of the first parameter (or buffer) that has a floating-point dtype."""
+    tensors = (t for t in (*model.parameters(), *model.buffers()) if t.is_floating_point())
+    return next(((t.dtype, t.device) for t in tensors), (torch.get_default_dtype(), torch.device("cpu")))
+
+
+def _copy(model: nn.Module, wide: bool = False) -> nn.Module:
+    """A copy in eval mode with tensors of its own, in float64 if `wide`."""
+    copied = structural_copy(model)
+    own_tensors(copied, model)
+    if not wide:
+        return copied
+    for module in copied.modules():
+        for name, value in vars(module).items():
+            if isinstance(value, Tensor):
+                vars(module)[name] = _wide(value)
+    return copied._apply(_wide)
+
+
+def _wide(tensor: Tensor) -> Tensor:
+    if tensor.is_complex():
+        return tensor.to(torch.complex128)
+    return tensor.double() if tensor.is_floating_point() else tensor
+
+
+def _run(model: nn.Module, case: Case) -> list[Leaf] | str:
+    """The outputs, or the error. Whatever random numbers the model draws, each run starts from the same state."""
+    devices = sorted({t.device.index for t in (*model.parameters(), *case.tensors()) if t.is_cuda})
+    try:
+        with torch.random.fork_rng(devices):
+            return leaves(case.call(model))
+    except Exception as error:  # a forward may raise anything
+        return f"{type(error).__name__}: {' '.join(str(error).split())[:ERROR_WIDTH]}"
+
+
+def _useless(outputs: list[Leaf]) -> str | None:
+    values = [o.value for o in outputs if isinstance(o.value, Tensor)]
+    if not values:
+        return "it gives no tensor"
+    return None if any(bool(v.isfinite().any()) for v in values) else "it gives no finite value"
+
+
+def _compared(case: Case, own: nn.Module, new: nn.Module, truth: nn.Module) -> list[Comparison] | str:
+    expected, rounded, got = _run(truth, case.mapped(_wide)), _run(own, case), _run(new, case)
+    if isinstance(expected, str):
+        raise FxrepError(f"the original does not run in float64, which is the truth here ({case}): {expected}")
+    if isinstance(rounded, str):
+        return f"the original does not run on {case}: {rounded}"
+    return (
+        f"the collapsed model does not run on {case}: {got}"
+        if isinstance(got, str)
+        else compare(expected, rounded, got)
+    )
+
+
+def _judged(cases: Sequence[Case], found: Sequence[list[Comparison] | str]) -> tuple[Trial, ...]:
+    comparisons = judged([[] if isinstance(f, str) else f for f in found])
+    return tuple(
+        Trial(str(case), case.memory_format, tuple(done), f if isinstance(f, str) else "")
+        for case, done, f in zip(cases, comparisons, found, strict=True)
+    )
+
+
+def _parting(original: nn.Module, collapsed: nn.Module, case: Case) -> Parting | str:
+    """Where the two part on this input, or why that cannot be told."""
+    if not isinstance(collapsed, GraphModule):
+        return f"collapsed is a {type(collapsed).__name__}, no torch.fx.GraphModule whose layers could be compared"
+    coarsest = max((torch.finfo(dtype).eps for dtype, _ in _kinds(collapsed)), default=0.0)
+    wide = _copy(collapsed, wide=True)
+    assert isinstance(wide, GraphModule)
+    return localise(_copy(original, wide=True), wide, case.mapped(_wide), coarsest)
+
+
+def _ratio(trials: Sequence[Trial]) -> float | None:
+    sums = [(sum(c.error for c in t.comparisons), sum(c.own_error for c in t.comparisons)) for t in trials]
+    return mean(ratios) if (ratios := [new / own for new, own in sums if own]) else None
+
+
+def _probe(name: str, draws: Sampler, own: nn.Module, new: nn.Module) -> Probe | None:
+    """Runs both on an input with one element that is not finite; None where that cannot be done."""
+    case = draws.draw(own_size, None, False, 0)
+    target = next((t for t in case.tensors() if t.is_floating_point() and t.numel()), None)
+    if target is None:
+        return None
+    index = [0, 0, *(n // 2 for n in target.shape[2:])][: target.ndim]
+    target[tuple(index)] = float(name)
+    outputs, others = _run(own, case), _run(new, case)
+    if isinstance(outputs, str) or isinstance(others, str):
+        return None
+    (spoiled, total), (spoiled_too, _) = _not_finite(outputs), _not_finite(others)
+    return Probe(name, spoiled, spoiled_too, total)
+
+
+def _not_finite(outputs: list[Leaf]) -> tuple[int, int]:
+    values = [o.value for o in outputs if isinstance(o.value, Tensor)]
+    return sum(int((~v.isfinite()).sum()) for v in values), sum(v.numel() for v in values)
