@@ -124,6 +124,30 @@ def over(cases: list[Case]) -> Any:
     return pytest.mark.parametrize("case", cases, ids=[c.name for c in cases])
 
 
+def tensors_of(value: Any) -> list[Tensor]:
+    if isinstance(value, Tensor):
+        return [value]
+    items = value.values() if isinstance(value, dict) else value if isinstance(value, (tuple, list)) else ()
+    return [t for item in items for t in tensors_of(item)]
+
+
+def draw(*shape: int) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(sum(shape)), dtype=torch.float64)
+
+
+def equal_results(collapsed: nn.Module, original: nn.Module, *args: Any, **kwargs: Any) -> None:
+    """The same structure, the same numbers; the original is run on a copy of itself in eval mode."""
+    with torch.no_grad():
+        got, expected = collapsed(*args, **kwargs), copy.deepcopy(original).eval()(*args, **kwargs)
+    assert type(got) is type(expected)
+    assert not isinstance(got, dict) or got.keys() == expected.keys()
+    pairs = list(zip(tensors_of(got), tensors_of(expected), strict=True))
+    assert pairs
+    for mine, theirs in pairs:
+        assert mine.shape == theirs.shape
+        assert (error := relative_error(mine, theirs)) <= TOLERANCE, error
+
+
 def check(case: Case) -> nn.Module:
     """With and without example inputs: equal to the original, and no more left than promised."""
     network, (small, large) = case.network(), case.inputs()

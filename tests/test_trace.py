@@ -1,0 +1,291 @@
+"""From module to graph: what is traced means the same, what cannot be traced stays whole, the model is untouched."""
+
+from __future__ import annotations
+
+import copy
+import types
+from collections import namedtuple
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from helpers import relative_error
+from reader_cases import TOLERANCE, Case, Net, bn, conv, draw, equal_results, executed
+from torch import Tensor, nn
+
+import fxrep
+
+Pair = namedtuple("Pair", "first second")
+
+
+SIZES = ((1, 4, 9, 13), (3, 4, 15, 11))
+
+
+def collapse(network: nn.Module, name: str = "trace", **options: Any) -> tuple[nn.Module, nn.Module]:
+    """A network with fresh numbers in float64, and what becomes of it."""
+    network = Case(name, lambda: network).network()
+    return network, fxrep.reparameterize(network, **options)
+
+
+def codes(collapsed: nn.Module) -> dict[str, str]:
+    return {r.node: r.code for r in collapsed.report.refusals}
+
+
+# What cannot be traced
+
+
+class Branching(nn.Module):
+    """Branches on a size: cannot be traced."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.bn = conv(), bn()
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.bn(self.conv(x))
+        return y if x.shape[-1] > 12 else -y
+
+
+class Looping(Branching):
+    def forward(self, x: Tensor) -> Tensor:
+        for _ in range(x.size(0)):
+            x = self.bn(self.conv(x))
+        return x
+
+
+class Remembering(nn.Module):
+    """Writes an attribute of its own, which a trace would lose."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.bn = conv(), bn()
+        self.last: Any = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.last = self.conv(x)
+        return self.bn(self.last)
+
+
+class Listing(Remembering):
+    """The same, into a list that it keeps."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[Tensor] = []
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.seen.append(x)
+        return self.bn(self.conv(x))
+
+
+class Counting(nn.Module):
+    """Counts its calls in a buffer, in place."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.bn = conv(), bn()
+        self.register_buffer("calls", torch.zeros(1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls.add_(1)
+        return self.bn(self.conv(x)) * self.calls
+
+
+class Averaging(Counting):
+    """The same, by augmented assignment to a buffer."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 2
+        return self.bn(self.conv(x)) * self.calls
+
+
+def around(middle: nn.Module) -> nn.Module:
+    return nn.Sequential(conv(), bn(), middle, conv(), bn())
+
+
+@pytest.mark.parametrize("middle", [Branching, Looping, Remembering])
+def test_an_untraceable_module_stays_whole_between_collapsed_ones(middle: type[nn.Module]) -> None:
+    network, collapsed = collapse(around(middle()))
+    assert codes(collapsed)["2"] == "not-traceable"
+    for size in SIZES:
+        equal_results(collapsed, network, draw(*size))
+    assert executed(collapsed, draw(*SIZES[0]))["b"] == 1
+    assert [type(m) for m in collapsed.modules()].count(middle) == 1
+
+
+@pytest.mark.parametrize("root", [Branching, Looping, Remembering])
+def test_an_untraceable_root_is_given_back_as_a_copy(root: type[nn.Module]) -> None:
+    network, collapsed = collapse(root())
+    assert "not-traceable" in codes(collapsed).values()
+    original = copy.deepcopy(network).eval()
+    for x in (draw(*size) for size in SIZES):
+        with torch.no_grad():
+            assert relative_error(collapsed(x), original(x)) <= TOLERANCE
+    assert not {id(t) for t in network.parameters()} & {id(t) for t in collapsed.parameters()}
+
+
+@pytest.mark.parametrize("middle", [Remembering, Listing, Counting, Averaging])
+@torch.no_grad()
+def test_what_a_forward_writes_is_written_by_its_copy_alone(middle: type[nn.Module]) -> None:
+    network, collapsed = collapse(around(middle()))
+    network.eval()
+    before = copy.deepcopy(network)
+    for size in SIZES:
+        x = draw(*size)
+        assert relative_error(collapsed(x), before(x)) <= TOLERANCE
+    if issubclass(middle, Counting):
+        (calls,) = (t for name, t in collapsed.named_buffers() if name.endswith("calls"))
+        assert torch.equal(calls, before[2].calls)
+        assert not network[2].calls.any()
+        return
+    (inner,) = (m for m in collapsed.modules() if isinstance(m, middle))
+    assert network[2].last is None
+    assert not getattr(network[2], "seen", None)
+    remembered, expected = (m.seen if isinstance(m, Listing) else [m.last] for m in (inner, before[2]))
+    assert [t.shape for t in remembered] == [t.shape for t in expected]
+
+
+def test_a_scripted_module_stays_whole() -> None:
+    network = around(torch.jit.script(nn.Sequential(conv(), nn.ReLU()))).double().eval()
+    collapsed = fxrep.reparameterize(network)
+    equal_results(collapsed, network, draw(*SIZES[0]))
+    assert collapsed.report.after["bn"] == 0
+
+
+def test_a_forward_replaced_on_the_instance_is_what_runs() -> None:
+    network = Case("patched", around(nn.Identity()).eval).network()
+    network[0].forward = types.MethodType(lambda self, x: 2 * F.conv2d(x, self.weight, padding=1), network[0])
+    equal_results(fxrep.reparameterize(network), network, draw(*SIZES[0]))
+
+
+# What must be left alone
+
+
+def test_the_model_and_the_generator_are_untouched() -> None:
+    """Modes of every module, buffers, parameters by identity, attributes, gradients, random numbers."""
+    network = Case(
+        "untouched", lambda: nn.Sequential(around(Remembering()), nn.Dropout(), around(Branching()))
+    ).network()
+    network.train()
+    network[0][1].eval()
+    network[0][0].weight.requires_grad_(False)
+    before = copy.deepcopy(network.state_dict())
+    modes = [m.training for m in network.modules()]
+    identities = [id(t) for t in (*network.parameters(), *network.buffers())]
+    attributes = [dict(vars(m)) for m in network.modules()]
+    generator = torch.get_rng_state()
+    fxrep.reparameterize(network)
+    fxrep.explain(network)
+    assert torch.equal(torch.get_rng_state(), generator)
+    assert [m.training for m in network.modules()] == modes
+    assert [id(t) for t in (*network.parameters(), *network.buffers())] == identities
+    assert [{k: id(v) for k, v in vars(m).items()} for m in network.modules()] == [
+        {k: id(v) for k, v in old.items()} for old in attributes
+    ]
+    assert all(torch.equal(t, before[name]) for name, t in network.state_dict().items())
+    assert not network[0][0].weight.requires_grad
+
+
+def test_random_numbers_are_drawn_at_run_time() -> None:
+    network = Net(lambda m, x: m.bn(m.conv(x)) + torch.rand(1, 4, 1, 1, dtype=x.dtype), conv=conv(), bn=bn())
+    generator = torch.get_rng_state()
+    network, collapsed = collapse(network)
+    assert torch.equal(torch.get_rng_state(), generator)
+    x = draw(*SIZES[0])
+    results = []
+    for module in (collapsed, network.eval(), collapsed):
+        torch.manual_seed(len(results) // 2)
+        results.append(module(x))
+    assert relative_error(results[0], results[1]) <= TOLERANCE
+    assert relative_error(results[2], results[0]) > 1e-3
+
+
+class Stubborn(nn.Module):
+    """Monte-Carlo style: its norm stays in training mode, whatever eval() says."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.bn = conv(), bn(momentum=0.0)
+
+    def train(self, mode: bool = True) -> nn.Module:
+        super().train(mode)
+        self.bn.train()
+        return self
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.bn(self.conv(x))
+
+
+def test_a_norm_that_eval_leaves_in_training_mode_normalises_by_the_batch() -> None:
+    network, collapsed = collapse(around(Stubborn()))
+    equal_results(collapsed, network, draw(*SIZES[1]))
+
+
+# Arguments and results
+
+
+def test_arguments_with_defaults_are_specialised_aloud() -> None:
+    class Optional(Branching):
+        def forward(self, x: Tensor, mask: Tensor | None = None, scale: float = 2.0, flip: bool = False) -> Tensor:
+            y = self.bn(self.conv(x)) * scale
+            y = y if mask is None else y * mask
+            return -y if flip else y
+
+    network, collapsed = collapse(Optional())
+    x, mask = draw(*SIZES[0]), draw(1, 1, 9, 13)
+    equal_results(collapsed, network, x)
+    equal_results(collapsed, network, x, None, 2.0, flip=False)
+    assert executed(collapsed, x)["b"] == 0
+    for name, value in {"mask": mask, "scale": 3.0, "flip": True}.items():
+        with pytest.raises(AssertionError, match=name):
+            collapsed(x, **{name: value})
+    masked = fxrep.reparameterize(network, {"x": x, "mask": mask})
+    equal_results(masked, network, x, mask)
+    assert executed(masked, x, mask)["b"] == 0
+
+
+def test_positional_keyword_and_variadic_arguments() -> None:
+    class Many(Branching):
+        def forward(self, x: Tensor, /, y: Tensor, *rest: Tensor, z: Tensor) -> Tensor:
+            return self.bn(self.conv(x)) + self.bn(self.conv(y)) - z + rest[0]
+
+    network, collapsed = collapse(Many())
+    a, b, c, d = (draw(2, 4, 9, n) for n in (7, 7, 7, 7))
+    equal_results(collapsed, network, a, b * 2, c * 3, z=d * 4)
+
+
+def test_structured_inputs() -> None:
+    class Structured(Branching):
+        def forward(self, inputs: dict[str, Any]) -> Tensor:
+            pair = inputs["pair"]
+            return self.bn(self.conv(inputs["image"])) + pair[0] * pair[1]
+
+    network, collapsed = collapse(Structured())
+    x = draw(*SIZES[0])
+    equal_results(collapsed, network, {"image": x, "pair": (x, [2][0])})
+    assert collapsed.report.after["bn"] == 0
+
+
+def of_conv(body: Callable[[Any, Tensor, Tensor], Any]) -> Callable[[Any, Tensor], Any]:
+    return lambda m, x: body(m, x, m.conv(x))
+
+
+OUTPUTS = {
+    "tuple": lambda m, x, h: (h, m.bn(h)),
+    "list": lambda m, x, h: [m.bn(h), x],
+    "dict": lambda m, x, h: {"out": m.bn(h), "aux": h.relu(), "none": None, "number": 3},
+    "nested": lambda m, x, h: {"a": [h, (x, None)], "b": ({"c": m.bn(h)},)},
+    "named tuple": lambda m, x, h: Pair(m.bn(h), h.mean()),
+    "the same twice": lambda m, x, h: (m.bn(h),) * 2,
+    "pieces": lambda m, x, h: m.bn(h).chunk(2, 1),
+}
+
+
+@pytest.mark.parametrize("name", OUTPUTS)
+def test_results_of_any_structure(name: str) -> None:
+    network, collapsed = collapse(Net(of_conv(OUTPUTS[name]), conv=conv(), bn=bn()))
+    for size in SIZES:
+        equal_results(collapsed, network, draw(*size))
+    assert executed(collapsed, draw(*SIZES[0]))["c"] == 1
