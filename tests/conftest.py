@@ -1,0 +1,12 @@
+"""Hypothesis profiles: `quick` unless HYPOTHESIS_PROFILE names another."""
+
+import os
+
+from hypothesis import HealthCheck, settings
+
+#: Networks are built, collapsed and run: no example is fast, and how fast is no matter of correctness.
+LENIENT = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow, HealthCheck.data_too_large]}
+
+settings.register_profile("quick", max_examples=300, derandomize=bool(os.environ.get("CI")), **LENIENT)
+settings.register_profile("deep", max_examples=20_000, print_blob=True, **LENIENT)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "quick"))
