@@ -22,7 +22,7 @@ KINDS = {
     **dict.fromkeys(("conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d"), "c"),
     **dict.fromkeys(("add", "add_", "__radd__", "sub", "sub_", "rsub", "__rsub__", "subtract", "sum"), "a"),
     **dict.fromkeys(("mul", "mul_", "multiply", "div", "div_", "divide", "true_divide", "addcmul", "neg"), "m"),
-    "linear": "l", "batch_norm": "b",
+    "linear": "l", "batch_norm": "b", "pad": "z",
     **dict.fromkeys(("avg_pool1d", "avg_pool2d", "avg_pool3d"), "p"),
 }  # fmt: skip
 CONVS: dict[int, Any] = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}

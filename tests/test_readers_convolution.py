@@ -101,15 +101,26 @@ SEQUENCES = [
     Case("strided 1x1 to reflect 3x3", sequence(conv(1, stride=2, bias=False), conv(3, padding_mode="reflect")), "c2"),
 ]  # fmt: skip
 PADS = [
-    Case("zero pad 1d", sequence(nn.ZeroPad1d(1), valid(3, dims=1)), "c1", image(dims=1)),
+    Case("zero pad 1d", sequence(nn.ZeroPad1d(1), valid(3, dims=1)), "c1 z0", image(dims=1)),
     Case("zero pad 2d", sequence(nn.ZeroPad2d((1, 2, 0, 3)), valid(3), bn()), "c1 b0"),
-    Case("zero pad 3d", sequence(nn.ZeroPad3d(1), valid(3, dims=3)), "c1", image(dims=3)),
+    Case("zero pad 3d", sequence(nn.ZeroPad3d(1), valid(3, dims=3)), "c1 z0", image(dims=3)),
     Case("constant pad 1d", sequence(nn.ConstantPad1d(1, 0.5), valid(3, dims=1)), "c1", image(dims=1)),
     Case("constant pad 2d", sequence(nn.ConstantPad2d((2, 1, 0, 1), -0.5), conv(3), conv(1)), "c2"),
     Case("constant pad 3d", sequence(nn.ConstantPad3d(1, 0.5), valid(3, dims=3), conv(1, dims=3)), "c1", image(dims=3)),
     *(
         Case(f"{kind} pad {d}d", sequence(getattr(nn, f"{kind}Pad{d}d")(1), valid(3, dims=d)), "c1", image(dims=d))
         for kind in ("Reflection", "Replication") for d in DIMS
+    ),
+    Case("pad, pad, crop, pad", sequence(
+        *(nn.ZeroPad2d(p) for p in (1, (1, 0, 2, 1), (0, -1, -1, 0), (0, 1, 0, 1))), valid(3), bn()
+    ), "c1 b0 z1"),
+    Case("pad and conv", lambda: Net(
+        lambda m, x: m.valid(F.pad(x, (1, 1, 1, 1))) + m.conv(x), valid=valid(3), conv=conv(1)
+    ), "c1 a0 z0"),
+    *(
+        Case(f"{m} pad and conv", lambda m=m: Net(
+            lambda n, x: n.valid(F.pad(x, (1, 1, 1, 1), mode=n.mode)) + n.conv(x), valid=valid(3), conv=conv(1), mode=m
+        ), "c1 a0 z1") for m in ("reflect", "replicate", "circular")
     ),
     Case("crop", sequence(nn.ZeroPad2d(-1), conv(3)), "c1"),
     Case("crop after", sequence(conv(3), nn.ZeroPad2d((-1, 0, -1, 0)), bn()), "c1 b0"),
