@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.fx import GraphModule
 from torch.nn.parameter import UninitializedParameter
 
+from fxrep.census import census_of_module
 from fxrep.cost import Profile, profile_for
 from fxrep.errors import FxrepError, Refusal
 from fxrep.ownership import carry_attributes, own_tensors
@@ -45,7 +46,7 @@ def reparameterize(
     traced = trace(root, examples)
     name = type(model).__name__
     if isinstance(traced, Refusal):
-        return _finished(root, root, model, _untraceable(name, traced), inplace)
+        return _finished(root, root, model, _untraceable(model, traced), inplace)
     collapsed, report = Pipeline(name, traced, examples, profile or _profile(model)).rewrite(inplace)
     return _finished(collapsed, root, model, report, inplace)
 
@@ -57,12 +58,13 @@ def explain(model: nn.Module, example_inputs: Examples = None, *, profile: Profi
     traced = trace(structural_copy(model), examples)
     name = type(model).__name__
     if isinstance(traced, Refusal):
-        return _untraceable(name, traced)
+        return _untraceable(model, traced)
     return Pipeline(name, traced, examples, profile or _profile(model)).explain()
 
 
-def _untraceable(name: str, refusal: Refusal) -> Report:
-    return Report(name, (), (refusal,), {}, {}, 0.0, 0.0)
+def _untraceable(model: nn.Module, refusal: Refusal) -> Report:
+    counts = census_of_module(model)
+    return Report(type(model).__name__, (), (refusal,), counts, counts, 0.0, 0.0)
 
 
 def _check_model(model: object) -> None:
@@ -113,4 +115,7 @@ def _finished(result: nn.Module, root: nn.Module, model: nn.Module, report: Repo
     if not inplace:
         own_tensors(result, model)
     result.report = report  # type: ignore[assignment]
-    return result.eval()
+    for module in result.modules():
+        if type(module) is nn.Module or isinstance(module, GraphModule):
+            module.training = False  # a layer keeps the mode that the model's own eval() gives it
+    return result

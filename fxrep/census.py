@@ -50,6 +50,12 @@ def census(
     return counts
 
 
+def census_of_module(module: nn.Module) -> dict[str, int]:
+    """What is in a module that is called as a whole, each layer counted once."""
+    inside = list(module.modules())
+    return {kind: sum(isinstance(m, MODULES.get(kind, ())) for m in inside) for kind in KINDS}
+
+
 def planned(
     graph: Graph, modules: Mapping[str, nn.Module], plan: Plan, numbers: Mapping[str, object]
 ) -> dict[str, int]:

@@ -106,6 +106,9 @@ class AffineForm:
         dims = _one_layout(self.dims, operator.dims)
         if not (self.aligned or operator.is_pointwise):
             raise Illegal("broadcast", f"{operator.describe()} follows a sum whose terms may differ in size")
+        if self.channels not in (None, operator.in_channels):
+            fact = f"{self.channels} channels meet an operator that reads {operator.in_channels}"
+            raise Illegal("broadcast", fact)
         if len(self.parts) == 1:
             parts: tuple[Part, ...] = (_apply(operator, self.parts[0]),)
         else:
@@ -222,8 +225,6 @@ def _apply(operator: AffineConv, part: Part) -> Part:
 def _apply_to_stack(operator: AffineConv, parts: Sequence[Part]) -> tuple[Part, ...]:
     """A convolution over a concatenation: by parts where its groups allow, else columns split and added."""
     bounds = _bounds(parts)
-    if bounds[-1] != operator.in_channels:
-        raise Illegal("broadcast", f"{bounds[-1]} channels meet an operator that reads {operator.in_channels}")
     width = operator.in_channels // operator.groups
     if operator.groups > 1 and all(b % width == 0 for b in bounds):
         rows = operator.out_channels // operator.groups

@@ -136,7 +136,7 @@ def _problem(graph: Graph, readings: Readings, writes: Writes, examples: dict[st
             continue
         for operand in node.all_input_nodes:
             readers[operand.name].add(node.name)
-    for name in reversed(readings.forms):  # a view that every reader looks through reads nothing itself
+    for name in reversed(list(readings.forms)):  # a view that every reader looks through reads nothing itself
         if not readers[name]:
             for source in readings.forms[name].sources:
                 readers[source].discard(name)

@@ -11,9 +11,24 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.overrides import TorchFunctionMode
 
 from fxrep.errors import FxrepError, Refusal
 from fxrep.readers import is_hooked
+from fxrep.snapshot import Snapshot
+
+RANDOM_FACTORIES = (
+    "rand",
+    "randn",
+    "randint",
+    "randperm",
+    "normal",
+    "rand_like",
+    "randn_like",
+    "randint_like",
+    "bernoulli",
+)
+SPLIT_SIZES = ("chunks", "split_size", "split_size_or_sections")
 
 
 @dataclass(frozen=True)
@@ -27,12 +42,13 @@ class Traced:
 
 
 def structural_copy(model: nn.Module) -> nn.Module:
-    """New module objects around the *same* tensors and hooks, in eval mode: tracing it cannot touch the original."""
+    """New module objects around the *same* parameters and hooks, in eval mode: tracing it cannot touch the original."""
     memo: dict[int, Any] = {}
     for module in model.modules():
-        tensors = [*module._parameters.values(), *module._buffers.values()]
-        tensors += [v for v in vars(module).values() if isinstance(v, Tensor)]
-        memo.update({id(t): t for t in tensors if t is not None})
+        tensors = [p for p in module._parameters.values() if p is not None]
+        memo.update({id(t): t for t in tensors})
+        plain = [v for v in vars(module).values() if isinstance(v, Tensor) and not v.is_leaf]
+        memo.update({id(t): t.detach().clone() for t in plain})  # the weight that an old weight_norm computed
         hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
         memo.update({id(h): h for kind in hooks for h in kind.values()})
     try:
@@ -54,34 +70,69 @@ def trace(root: nn.Module, examples: Mapping[str, Any] | None = None) -> Traced 
 
     A Refusal comes back where the outermost forward itself cannot be traced.
     """
-    if "forward" in vars(root):
-        return Refusal("forward", "not-traceable", "the root's forward was replaced on the instance")
+    obstacle = _obstacle(root)
+    if obstacle:
+        return Refusal(type(root).__name__, "not-traceable", obstacle)
     kept: dict[str, Refusal] = {}
     while True:
         tracer = Tracer(frozenset(kept), examples or {})
-        state = {name: _attributes(m) for name, m in root.named_modules()}
+        snapshot = Snapshot(root)
         try:
-            graph = tracer.trace(root)
+            with _RecordRandom(tracer):
+                graph = tracer.trace(root)
         except Exception as error:  # whatever a forward does with a proxy may raise anything
-            _restore(root, state)
+            snapshot.restore()
             name = tracer.current
             reason = f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"
         else:
             graph.lint()
             for node in graph.nodes:  # fx would write a postponed annotation into its code as it stands
                 node.type = None if isinstance(node.type, str) else node.type
-            written = _restore(root, state)
+            written = snapshot.restore()
             if written is None:
                 return Traced(root, graph, tuple(kept.values()), dict(root.named_modules()))
-            name, reason = written, "its forward writes attributes of the module"
+            name, reason = written, "its forward writes what the module keeps"
         refusal = Refusal(name or type(root).__name__, "not-traceable", f"kept with its own forward: {reason}")
         if not name or name in kept:
             return refusal
         kept[name] = refusal
 
 
+def _obstacle(root: nn.Module) -> str:
+    """Why fx would trace something else than what the root runs, or nothing."""
+    if "forward" in vars(root):
+        return "the root's forward was replaced on the instance"
+    kinds = {p.kind for p in inspect.signature(type(root).forward).parameters.values()}
+    if kinds >= {inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.KEYWORD_ONLY}:
+        return "the root's forward has keyword-only arguments after *args, which a traced graph cannot take"
+    return ""
+
+
+class _RecordRandom(TorchFunctionMode):
+    """Records random numbers that depend on no input, so that they are drawn at each run and not once while tracing."""
+
+    def __init__(self, tracer: Tracer) -> None:
+        super().__init__()
+        self.tracer = tracer
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if getattr(func, "__name__", "") in RANDOM_FACTORIES:
+            return self.tracer.create_proxy("call_function", func, args, kwargs or {})
+        return func(*args, **(kwargs or {}))
+
+
 class Proxy(fx.Proxy):
     """A proxy that records `x += y` and `x[i] = y`; fx's own takes the first for `x = x + y` and loses the write."""
+
+    def __iter__(self) -> Any:
+        """Over the pieces of a chunk or split whose number is written; fx itself can only unpack."""
+        target, args, kwargs = self.node.target, self.node.args, self.node.kwargs
+        sizes = args[1] if len(args) > 1 else next((kwargs[k] for k in SPLIT_SIZES if k in kwargs), None)
+        if target in ("chunk", torch.chunk) and isinstance(sizes, int):
+            return iter([operator.getitem(self, i) for i in range(sizes)])
+        if target in ("split", torch.split) and isinstance(sizes, (tuple, list)):
+            return iter([operator.getitem(self, i) for i in range(len(sizes))])
+        return super().__iter__()
 
     def __setitem__(self, index: Any, value: Any) -> None:
         self.tracer.create_proxy("call_function", operator.setitem, (self, index, value), {})
@@ -120,7 +171,7 @@ class Tracer(fx.Tracer):
         return Proxy(node, self)
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        if module_qualified_name in self.kept or is_hooked(m):
+        if module_qualified_name in self.kept or is_hooked(m) or isinstance(m, torch.jit.ScriptModule):
             return True
         return super().is_leaf_module(m, module_qualified_name)
 
@@ -162,35 +213,3 @@ class Tracer(fx.Tracer):
             message = f"collapsed for {name}={default!r}; pass {name} in example_inputs to collapse it for a tensor"
             torch._assert(self.create_proxy("call_function", same, (arg, default), {}), message)
         return function, args
-
-
-def _attributes(module: nn.Module) -> dict[str, Any]:
-    return {**vars(module), "_buffers": dict(module._buffers), "_parameters": dict(module._parameters)}
-
-
-def _restore(root: nn.Module, state: Mapping[str, dict[str, Any]]) -> str | None:
-    """Undoes what a traced forward wrote into its modules, and names the first module that wrote."""
-    written = None
-    for name, module in root.named_modules():
-        before = state.get(name)
-        if before is None:
-            continue
-        changed = _changed(module, before)
-        for key in changed:
-            if key in before:
-                vars(module)[key] = before[key]
-            elif not key.startswith("_tensor_constant"):
-                del vars(module)[key]
-        if written is None and any(not k.startswith("_tensor_constant") for k in changed):
-            written = name
-    return written
-
-
-def _changed(module: nn.Module, before: dict[str, Any]) -> list[str]:
-    now = vars(module)
-    keys = [k for k in now if k not in ("_buffers", "_parameters") and (k not in before or now[k] is not before[k])]
-    for kind in ("_buffers", "_parameters"):
-        old, new = before[kind], now[kind]
-        if old.keys() != new.keys() or any(old[k] is not new[k] for k in old):
-            keys.append(kind)
-    return keys

@@ -23,6 +23,7 @@ SHAPE_ATTRIBUTES = ("shape", "ndim")
 OTHER_METADATA = ("dtype", "device", "is_cuda", "layout", "requires_grad", "is_quantized")
 METADATA_METHODS = ("size", "dim", "ndimension", "numel", "is_floating_point", "stride", "is_contiguous")
 ASSERTS = (torch._assert,)
+LATER_KNOWN = ("shape-unknown", "rank-unknown", "broadcast")  # refusals that a later op's facts may lift
 RANDOM = ("rand", "randn", "randint", "randperm", "bernoulli", "normal", "multinomial", "poisson", "exponential",
           "uniform", "cauchy", "geometric", "log_normal", "random", "rrelu", "gumbel_softmax")  # fmt: skip
 
@@ -48,7 +49,7 @@ def read_graph(graph: Graph, modules: dict[str, nn.Module], ranks: Mapping[str, 
     known = first.facts.shapes
     taken = {root: rank for root, rank in first.facts.assumed.items() if root not in known.ranks}
     first.facts.assumed = taken
-    if not any(r.code in ("shape-unknown", "rank-unknown", "broadcast") for r in first.refusals.values()):
+    if not taken and not any(r.code in LATER_KNOWN for r in first.refusals.values()):
         return first
     second = _read_once(graph, modules, known.ranks | taken, known.sizes)
     second.facts.assumed = taken
@@ -215,12 +216,19 @@ def _note_number(node: Node, facts: Facts) -> bool:
     if _reads_metadata(node):
         facts.scalars[node.name] = _size_value(node, facts)
         return True
-    if operands and all(o.name in facts.scalars for o in operands) and node.op == "call_function":
+    if operands and all(o.name in facts.scalars for o in operands) and _computes_numbers(node):
         facts.scalars[node.name] = _number_value(node, facts)
         if node.target in ASSERTS:
             _learn_from_assert(node, facts)
         return True
     return False
+
+
+def _computes_numbers(node: Node) -> bool:
+    """Whether the function makes numbers of numbers, and not tensors as `torch.arange(n)` does."""
+    origin = str(getattr(node.target, "__module__", "")).split(".")[0]
+    numeric = origin in ("_operator", "operator", "math", "builtins") or node.target in ASSERTS
+    return node.op == "call_function" and numeric
 
 
 def _learn_from_assert(node: Node, facts: Facts) -> None:

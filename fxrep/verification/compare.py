@@ -17,7 +17,7 @@ from fxrep.verification.verdict import Comparison, Difference
 FACTOR = 4.0
 """How much larger than the original's own error the collapsed model's may be. Correct folds measure 0.6 to 1.8 times
 it; the largest of a few errors scatters by as much again."""
-FLOOR = 4.0
+FLOOR = 2.0
 """What is allowed at least, in units of rounding of the output's dtype: the original may be exact by luck."""
 LEAST = 1e-10
 """What is allowed at least in float64, where the original is the truth and has no error of its own."""

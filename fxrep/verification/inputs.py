@@ -41,7 +41,7 @@ class Case:
     def call(self, model: nn.Module) -> Any:
         """On copies, which a model may overwrite."""
         fresh = self.mapped(Tensor.clone)
-        bound = inspect.BoundArguments(self.signature, fresh.arguments)  # type: ignore[arg-type]
+        bound = inspect.BoundArguments(self.signature, fresh.arguments)
         return model(*bound.args, **bound.kwargs)
 
     def mapped(self, change: Callable[[Tensor], Tensor]) -> Case:
@@ -92,10 +92,8 @@ class Sampler:
         generator = torch.Generator().manual_seed(self.seed + number)
         arguments = {}
         for name, value in self.own.arguments.items():
-            known = self.known.get(name, Known())
-            arguments[name] = tree_map_only(
-                Tensor, lambda t, known=known: _drawn(t, known, resize, batch, channels_last, generator), value
-            )
+            change = partial(_drawn, self.known.get(name, Known()), resize, batch, channels_last, generator)
+            arguments[name] = tree_map_only(Tensor, change, value)
         is_last = channels_last and any(t.ndim in CHANNELS_LAST for t in tree_leaves(arguments) if _is_float(t))
         return replace(self.own, arguments=arguments, memory_format="channels_last" if is_last else "contiguous")
 
@@ -118,7 +116,7 @@ def _even(size: int, position: int) -> int:
 
 
 def _drawn(
-    template: Tensor, known: Known, resize: Resize, batch: int | None, last: bool, generator: torch.Generator
+    known: Known, resize: Resize, batch: int | None, last: bool, generator: torch.Generator, template: Tensor
 ) -> Tensor:
     if not _is_float(template):
         return template

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
@@ -21,8 +21,8 @@ from fxrep.verification.compare import difference
 from fxrep.verification.inputs import Case
 from fxrep.verification.verdict import Parting
 
-TOLERANCE = 64  # units of rounding of the stored weights, between the value of a fold and the value it stands for
-COARSEST, FINEST = 0.03, 1e-9
+TOLERANCE = 16  # units of rounding of the stored weights, between the value of a fold and the value it stands for
+COARSEST, FINEST = 0.02, 1e-9
 SAMPLES = 64
 PREPARES = (F.pad, torch.narrow, torch.index_select)
 JOINS = (operator.add, torch.cat)
@@ -31,9 +31,9 @@ JOINS = (operator.add, torch.cat)
 def localise(original: nn.Module, collapsed: GraphModule, case: Case, rounding: float) -> Parting | str:
     """Both in float64, on equal inputs; `rounding` is that of the dtype in which the weights were stored.
 
-    Values are matched by what they are, not by name: a value of the collapsed network that equals one of the original's
-    is taken to be it, and goes on exact, so that errors do not add up. The two part at the first value which equals none
-    and from which no value follows that does.
+    Values are matched by what they are, not by name: one of the collapsed network that equals one of the original's is
+    taken to be it, and goes on exact, so that errors do not add up. The two part at the first layer whose value equals
+    none although it stands for one, or the first value from which none follows that equals one.
     """
     traced = trace(original, case.arguments)
     if isinstance(traced, Refusal):
@@ -45,10 +45,11 @@ def localise(original: nn.Module, collapsed: GraphModule, case: Case, rounding: 
         follower.run(enable_io_processing=False)
     except Exception as error:  # a forward may raise anything
         return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
-    node = _first_lost(collapsed, follower)
+    labelled = _by_label(traced.graph, known)
+    node = _first_lost(collapsed, follower, labelled)
     if node is None:
         return f"in float64 no layer differs from the original's by more than {known.tolerance:.2g}"
-    return _told(node, follower, _by_label(traced.graph, known))
+    return _told(node, follower, labelled)
 
 
 @dataclass
@@ -125,13 +126,18 @@ class _Follower(_Recorder):
         return value
 
 
-def _first_lost(collapsed: GraphModule, follower: _Follower) -> Node | None:
-    """The first value that equals none of the original's, and from which none follows that does."""
+def _first_lost(collapsed: GraphModule, follower: _Follower, labelled: Mapping[str, list[Tensor]]) -> Node | None:
     regained = set(follower.found)
     for node in reversed(collapsed.graph.nodes):
         if any(user in regained for user in node.users):
             regained.add(node)
-    return next((n for n in collapsed.graph.nodes if n in follower.lost and n not in regained), None)
+    stands = {n for n in follower.lost if _truths(_names(n, collapsed)[1], labelled)}
+    wrong = {n for n in stands if all(j in follower.lost for j in _joined(n))}
+    return next((n for n in collapsed.graph.nodes if n in wrong or (n in follower.lost and n not in regained)), None)
+
+
+def _truths(computes: str, labelled: Mapping[str, list[Tensor]]) -> list[Tensor]:
+    return labelled.get(computes.rpartition(":")[2], [])
 
 
 def _by_label(graph: torch.fx.Graph, known: Values) -> dict[str, list[Tensor]]:
@@ -145,31 +151,31 @@ def _by_label(graph: torch.fx.Graph, known: Values) -> dict[str, list[Tensor]]:
     return found
 
 
-def _told(lost: Node, follower: _Follower, labelled: dict[str, list[Tensor]]) -> Parting:
+def _told(lost: Node, follower: _Follower, labelled: Mapping[str, list[Tensor]]) -> Parting:
     node = next((u for u in lost.users if u.op == "call_module"), lost) if lost.target in PREPARES else lost
     layer, computes = _names(node, follower.module)
-    truths = labelled.get(computes.rpartition(":")[2], [])
-    pairs = [
-        (follower.lost[n], t) for n in _joined(node, follower) for t in truths if t.shape == follower.lost[n].shape
-    ]
+    values = [follower.lost[n] for n in _joined(node) if n in follower.lost]
+    pairs = [(v, t) for v in values for t in _truths(computes, labelled) if t.shape == v.shape]
     places = [place for pair in pairs if (place := difference(*pair))]
     nearest = min(places, key=lambda p: max(p.border, p.interior), default=None)
     return Parting(layer, computes, max(nearest.border, nearest.interior) if nearest else None, nearest)
 
 
 def _names(node: Node, root: nn.Module) -> tuple[str, str]:
-    """The layer, and the layer or node of the original whose value it computes."""
+    """The layer, and the layer or node of the original whose value it computes, if that is known."""
     owners = [str(a.target).rpartition(".")[0] for a in node.all_input_nodes if a.op == "get_attr"]
     for path in [str(node.target)] if node.op == "call_module" else owners:
         provenance = getattr(root.get_submodule(path), PROVENANCE, ())
         if provenance:
             return path, provenance[-1]
-    name = str(node.target).removesuffix(TWIN_SUFFIX) if node.op == "call_module" else node.name
+    if node.op != "call_module":
+        return node.name, ""  # a new sum may bear the name of an old one
+    name = str(node.target).removesuffix(TWIN_SUFFIX)
     return name, name
 
 
-def _joined(node: Node | None, follower: _Follower) -> Iterator[Node]:
+def _joined(node: Node | None) -> Iterator[Node]:
     """The node, and its sums with the other terms of the same value."""
-    while node is not None and node in follower.lost:
+    while node is not None:
         yield node
         node = next((u for u in node.users if u.target in JOINS), None)

@@ -10,9 +10,10 @@ from tabulate import tabulate
 SCHEMA = 1
 """Version of `Verdict.to_dict`: raised when a key goes or changes its meaning, not when one is added."""
 
+BLIND = 1e-4
 KERNEL_ZEROS = (
-    "One pixel that is not finite reaches more outputs of the collapsed model: an identity or 1x1 branch that became part\n"
-    "of a larger kernel multiplies its neighbours by 0, and 0 * inf = nan. For finite inputs this changes nothing."
+    "An element that is not finite reaches more outputs of the collapsed model: an identity or 1x1 branch that became\n"
+    "part of a larger kernel multiplies its neighbours by 0, and 0 * inf = nan. For finite inputs this changes nothing."
 )
 
 
@@ -109,6 +110,8 @@ class Verdict:
     not_localised: str
     """Why it could not be found."""
     probes: tuple[Probe, ...]
+    sensitivity: float | None
+    """How much the original's outputs differ between two random inputs, relative to their size; None if they cannot."""
 
     @property
     def equal(self) -> bool:
@@ -137,12 +140,17 @@ class Verdict:
             lines.append(f"largest difference: {worst.output}, {worst.difference}")
         if not self:
             lines.append(f"parted at: {self.parted}" if self.parted else f"not localised: {self.not_localised}")
+        if self.sensitivity is not None and self.sensitivity < BLIND:
+            lines.append(f"between two random inputs the outputs differ by only {self.sensitivity:.2g} of their size:")
+            lines.append("a wrong layer may go unseen (a network that was never trained forgets its input)")
         return lines
 
 
 def _badness(trial: Trial) -> tuple[bool, bool, float]:
     worst = trial.worst
-    return bool(trial.problem), bool(worst and worst.problem), worst.error / worst.allowed if worst else 0.0
+    if worst is None:
+        return bool(trial.problem), False, 0.0
+    return False, bool(worst.problem), worst.error / worst.allowed
 
 
 def _trials(trials: tuple[Trial, ...]) -> str:
@@ -150,14 +158,16 @@ def _trials(trials: tuple[Trial, ...]) -> str:
     rows = [(t.inputs, t.memory_format, *_cells(t), "yes" if t else "NO") for t in trials]
     headers = ("input", "memory", "output", "collapsed", "original", "allowed", "equal")
     table = tabulate(rows, headers, disable_numparse=True)
-    problems = dict.fromkeys(t.problem or (t.worst.problem if t.worst else "") for t in trials)
+    problems = dict.fromkeys(t.problem or (t.worst.problem if t.worst is not None else "") for t in trials)
     return "\n".join([table, *filter(None, problems)])
 
 
 def _cells(trial: Trial) -> tuple[str, ...]:
     worst = trial.worst
     if worst is None:
-        return "", "", "", ""
+        return "", "-", "-", "-"
+    if worst.difference is None and worst.problem:
+        return worst.output, "-", "-", "-"
     return worst.output, f"{worst.error:.2g}", f"{worst.own_error:.2g}", f"{worst.allowed:.2g}"
 
 
