@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.fx import Node
 
 from fxrep import kernel as K
+from fxrep.affine import AffineConv
 from fxrep.errors import Refusal
 from fxrep.fold import Folded, run
 from fxrep.form import Anchor
@@ -80,7 +81,7 @@ def _draw(decision: Decision, readings: Readings, extra: int, device: torch.devi
     """Random values by name: small maps with a border all around an interior, of no two equal sides."""
     dims = decision.recipe.dims or 0
     operators = [e.operator for e in decision.recipe.emits if e.operator]
-    reach = [s + max(-p, 0) + max(-q, 0) for o in operators for s, p, q in zip(o.span, o.pad_lo, o.pad_hi, strict=True)]
+    reach = [n for o in operators for n in _reach(o)]
     known = readings.facts.shapes
     anchors = [known.full(known.of[s]) for s in decision.recipe.form.sources]
     sizes = _axis_sizes(anchors, readings, dims, max(reach, default=0) + 1 + extra)
@@ -93,6 +94,12 @@ def _draw(decision: Decision, readings: Readings, extra: int, device: torch.devi
         return torch.randn(shape, generator=generator, dtype=torch.float64).to(device)
 
     return draw
+
+
+def _reach(operator: AffineConv) -> Iterator[int]:
+    """Per axis, how many pixels more than one a map needs for the operator to give any."""
+    for span, lo, hi in zip(operator.span, operator.pad_lo, operator.pad_hi, strict=True):
+        yield (lo + hi if operator.transposed else span + max(-lo, 0) + max(-hi, 0))
 
 
 def _axis_sizes(shapes: list[Shape], readings: Readings, dims: int, least: int) -> dict[Axis, int]:
@@ -155,9 +162,9 @@ class _Interpreter:
         if node.name in self.inside or node.name in facts.constants or node.name in facts.scalars:
             return True
         form = self.readings.forms.get(node.name)
-        if form is not None:
-            return set(form.sources) <= self.sources - {node.name}
-        return bool(node.users) and is_bypass(node, self.readings)
+        if form is None:
+            return bool(node.users) and is_bypass(node, self.readings)
+        return set(form.sources) <= (self.sources | self.inside) - {node.name}
 
     def _run(self, node: Node) -> Any:
         constant = self.readings.facts.constants.get(node.name)

@@ -297,7 +297,7 @@ def total(*terms: Kernel | None) -> Kernel | None:
     present = tuple(t for t in terms if t is not None)
     if len(present) < 2:
         return present[0] if present else None
-    return Sum(max((t.shape for t in present), key=math.prod), present)
+    return Sum(max((t.shape for t in present), key=lambda s: (math.prod(s), len(s))), present)
 
 
 def spread(scalar: Kernel, length: int) -> Kernel:

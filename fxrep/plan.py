@@ -3,6 +3,7 @@ legal and not dearer. Works on forms and shapes; no tensors (but where a padding
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 
@@ -64,8 +65,11 @@ class Plan:
 def make_plan(problem: Problem, profile: Profile) -> Plan:
     """Greedy in graph order: for each affine value its cone of values that nobody else reads, the best prefix of it."""
     state = _State(problem, profile)
-    for node in problem.forms:
-        state.improve(node)
+    todo = deque(problem.forms)
+    while todo:
+        node = todo.popleft()
+        if node not in state.removed:
+            todo.extend(state.improve(node))
     return state.plan()
 
 
@@ -103,12 +107,14 @@ class _State:
             self.seconds[name] = self._seconds(name, self.recipes[name])
         self.original = dict(self.seconds)
 
-    def improve(self, node: str) -> None:
-        """Inlines into `node` what pays, until nothing does."""
+    def improve(self, node: str) -> set[str]:
+        """Inlines into `node` what pays, until nothing does; gives the nodes that share a value with fewer now."""
         if node in self.problem.fixed:
-            return
+            return set()
+        touched: set[str] = set()
         while (best := self._best(node)) is not None:
-            self._accept(node, best)
+            touched |= self._accept(node, best)
+        return {n for n in touched if n in self.recipes and n not in self.removed} - {node}
 
     def _best(self, node: str) -> _Candidate | None:
         now = self.seconds[node], self.recipes[node].steps
@@ -116,7 +122,7 @@ class _State:
         for candidate in self._candidates(node):
             saved = now[0] + sum(self.seconds[g] for g in candidate.gone) - candidate.seconds
             fewer = now[1] + sum(self.recipes[g].steps for g in candidate.gone) - candidate.steps
-            if fewer < 0 or self._grows(node, candidate) or not _is_float(candidate.recipe):
+            if fewer <= 0 or self._grows(node, candidate) or not _is_float(candidate.recipe):
                 continue
             tie = abs(saved) <= TOLERANCE * max(now[0], candidate.seconds)
             worth = (0.0, fewer) if tie else (saved, fewer)
@@ -213,7 +219,9 @@ class _State:
     def _read_only_by(self, anchor: str, node: str, gone: Iterable[str]) -> bool:
         return anchor not in self.problem.fixed and self.readers.get(anchor, set()) <= {node, *gone}
 
-    def _accept(self, node: str, candidate: _Candidate) -> None:
+    def _accept(self, node: str, candidate: _Candidate) -> set[str]:
+        """Takes the candidate; gives the other readers of the values that lost a reader by it."""
+        lost = {*self.recipes[node].form.sources, *(s for g in candidate.gone for s in self.recipes[g].form.sources)}
         for source in self.recipes[node].form.sources:
             self.readers[source].discard(node)
         for name in candidate.gone:
@@ -226,6 +234,7 @@ class _State:
         self.inlined[node] = tuple(dict.fromkeys((*self.inlined.get(node, ()), *nested)))
         for source in candidate.recipe.form.sources:
             self.readers.setdefault(source, set()).add(node)
+        return {reader for source in lost for reader in self.readers[source]}
 
     def _decline(self, node: str, candidate: _Candidate, extra: float) -> None:
         whole, parts = candidate.seconds, candidate.seconds - extra

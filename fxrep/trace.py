@@ -124,18 +124,25 @@ class _RecordRandom(TorchFunctionMode):
 class Proxy(fx.Proxy):
     """A proxy that records `x += y` and `x[i] = y`; fx's own takes the first for `x = x + y` and loses the write."""
 
-    def __iter__(self) -> Any:
-        """Over the pieces of a chunk or split whose number is written; fx itself can only unpack."""
-        target, args, kwargs = self.node.target, self.node.args, self.node.kwargs
-        sizes = args[1] if len(args) > 1 else next((kwargs[k] for k in SPLIT_SIZES if k in kwargs), None)
-        if target in ("chunk", torch.chunk) and isinstance(sizes, int):
-            return iter([operator.getitem(self, i) for i in range(sizes)])
-        if target in ("split", torch.split) and isinstance(sizes, (tuple, list)):
-            return iter([operator.getitem(self, i) for i in range(len(sizes))])
-        return super().__iter__()
-
     def __setitem__(self, index: Any, value: Any) -> None:
         self.tracer.create_proxy("call_function", operator.setitem, (self, index, value), {})
+
+
+class Pieces(Proxy):
+    """The pieces of a chunk or split whose number is written, which can be iterated; fx itself can only unpack."""
+
+    def __iter__(self) -> Any:
+        return iter([operator.getitem(self, i) for i in range(_count_of_pieces(self.node))])
+
+
+def _count_of_pieces(node: fx.Node) -> int:
+    """How many pieces a chunk or split gives, 0 where that is not written."""
+    sizes = (
+        node.args[1] if len(node.args) > 1 else next((node.kwargs[k] for k in SPLIT_SIZES if k in node.kwargs), None)
+    )
+    if node.target in ("chunk", torch.chunk) and isinstance(sizes, int):
+        return sizes
+    return len(sizes) if node.target in ("split", torch.split) and isinstance(sizes, (tuple, list)) else 0
 
 
 def _records(target: Any) -> Any:
@@ -168,7 +175,7 @@ class Tracer(fx.Tracer):
         return super().trace(root, concrete_args)
 
     def proxy(self, node: fx.Node) -> Proxy:
-        return Proxy(node, self)
+        return (Pieces if _count_of_pieces(node) else Proxy)(node, self)
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         if module_qualified_name in self.kept or is_hooked(m) or isinstance(m, torch.jit.ScriptModule):
@@ -208,7 +215,7 @@ class Tracer(fx.Tracer):
             default = parameters[name].default if name in parameters else inspect.Parameter.empty
             if default is inspect.Parameter.empty or isinstance(self.examples.get(name), Tensor):
                 continue
-            args[i] = default
+            args[i] = default = self.examples.get(name, default)
             same = operator.is_ if default is None or isinstance(default, bool) else operator.eq
             message = f"collapsed for {name}={default!r}; pass {name} in example_inputs to collapse it for a tensor"
             torch._assert(self.create_proxy("call_function", same, (arg, default), {}), message)

@@ -15,7 +15,8 @@ from fxrep.affine import AffineConv, Ints
 from fxrep.errors import Illegal, Refusal
 from fxrep.form import AffineForm
 from fxrep.kernel import Kernel
-from fxrep.readers.registry import Call, reader
+from fxrep.readers.registry import Call, reader, shape_rule
+from fxrep.shapes import Shape, shifted
 
 CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
@@ -137,6 +138,29 @@ def _linear(at: Call, x: Any, weight: Kernel, bias: Kernel | None) -> AffineForm
     if len(weight.shape) != 2:
         raise Illegal("unsupported-options", "a linear layer's weight is a vector")
     return _convolve(at, x, AffineConv(real_weight(weight), 1, (), (), (), (), bias))
+
+
+PADS = (
+    F.pad, nn.ZeroPad1d, nn.ZeroPad2d, nn.ZeroPad3d, nn.ConstantPad1d, nn.ConstantPad2d, nn.ConstantPad3d,
+    nn.ReflectionPad1d, nn.ReflectionPad2d, nn.ReflectionPad3d, nn.ReplicationPad1d, nn.ReplicationPad2d,
+    nn.ReplicationPad3d,
+)  # fmt: skip
+
+
+@shape_rule(*PADS)
+def padded_shape(at: Call, module: Any = None) -> Shape:
+    """The last axes grow by their pads; the others, the channels among them, are those of the operand."""
+    x = at.first
+    amounts = each(module.padding if module is not None else at.node.args[1], 1)
+    dims = len(amounts) // 2
+    shape = at.shapes.full(at.shape(x))
+    tail = [at.dim(x, -i) for i in range(max(len(shape.tail), dims), 0, -1)]
+    for i in range(dims):
+        size = tail[-1 - i]
+        if size is None:
+            raise Illegal("shape-unknown", f"{x.name} has too few axes")
+        tail[-1 - i] = shifted(size, amounts[2 * i] + amounts[2 * i + 1])
+    return Shape(shape.root, tuple(t for t in tail if t is not None))
 
 
 @reader(F.pad)

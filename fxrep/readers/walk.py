@@ -49,7 +49,8 @@ def read_graph(graph: Graph, modules: dict[str, nn.Module], ranks: Mapping[str, 
     known = first.facts.shapes
     taken = {root: rank for root, rank in first.facts.assumed.items() if root not in known.ranks}
     first.facts.assumed = taken
-    if not taken and not any(r.code in LATER_KNOWN for r in first.refusals.values()):
+    sizes_read = any(isinstance(value, (Size, tuple)) for value in first.facts.scalars.values())
+    if not taken and not sizes_read and not any(r.code in LATER_KNOWN for r in first.refusals.values()):
         return first
     second = _read_once(graph, modules, known.ranks | taken, known.sizes)
     second.facts.assumed = taken

@@ -80,8 +80,7 @@ class Sampler:
         for i in range(count):
             batch, last = BATCHES[i % len(BATCHES)], (i + i // len(sides)) % 2 == 1
             tries = [(sides[i % 4], batch), (own_size, batch), (sides[i % 4], None), (own_size, None)]
-            drawn = [self.draw(side, b, last, i) for side, b in tries]
-            yield next((case for case in drawn[:-1] if attempt(case) is None), drawn[-1])
+            yield _first_that_runs([self.draw(side, b, last, i) for side, b in tries], attempt)
 
     def _smallest(self, attempt: Attempt) -> Resize:
         tries = (partial(_fixed, n) for n in SMALL_SIDES)
@@ -96,6 +95,16 @@ class Sampler:
             arguments[name] = tree_map_only(Tensor, change, value)
         is_last = channels_last and any(t.ndim in CHANNELS_LAST for t in tree_leaves(arguments) if _is_float(t))
         return replace(self.own, arguments=arguments, memory_format="channels_last" if is_last else "contiguous")
+
+
+def _first_that_runs(cases: list[Case], attempt: Attempt) -> Case:
+    errors: list[str] = []
+    for case in cases:
+        error = attempt(case)
+        if error is None:
+            return case
+        errors.append(error)
+    raise FxrepError(f"the original does not run on random numbers of the shape {cases[-1]}: {errors[-1]}")
 
 
 def own_size(size: int, _position: int) -> int:
@@ -127,7 +136,10 @@ def _drawn(
     for position, axis in enumerate(a for a in range(1, rank) if known.is_free(a, rank)):
         shape[axis] = resize(shape[axis], position)
     wide = torch.complex128 if template.is_complex() else torch.float64
-    drawn = torch.randn(shape, generator=generator, dtype=wide).to(template.device, template.dtype)
+    drawn = torch.randn(shape, generator=generator, dtype=wide)
+    if not template.is_complex() and bool((template >= 0).all()):
+        drawn = drawn.abs()  # the example may be one of values that cannot be negative
+    drawn = drawn.to(template.device, template.dtype)
     return drawn.contiguous(memory_format=CHANNELS_LAST[rank]) if last and rank in CHANNELS_LAST else drawn
 
 
@@ -192,7 +204,7 @@ def _inferred(
     required = [p.name for p in signature.parameters.values() if p.default is p.empty and p.kind not in _VARIADIC]
     error: str | None = f"its forward{signature} names no input"
     for side in SIDES if required else ():
-        arguments = {p: torch.zeros(_shape(p, known, side), dtype=like[0], device=like[1]) for p in required}
+        arguments = {p: torch.full(_shape(p, known, side), -0.5, dtype=like[0], device=like[1]) for p in required}
         case = Case(signature, arguments)
         error = attempt(case)
         if error is None:
