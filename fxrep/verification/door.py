@@ -11,14 +11,15 @@ from torch.fx import GraphModule
 from torch.nn.parameter import UninitializedParameter
 
 from fxrep.errors import FxrepError
-from fxrep.ownership import own_tensors
-from fxrep.trace import structural_copy
-from fxrep.verification.compare import Leaf, compare, difference, judged, leaves
+from fxrep.verification.compare import Leaf, compare, difference, judged
 from fxrep.verification.inputs import Case, Examples, Sampler, own_size, sampler
 from fxrep.verification.localise import localise
-from fxrep.verification.verdict import Comparison, Parting, Probe, Trial, Verdict
+from fxrep.verification.models import copied, kinds, like, run, wide, widened
+from fxrep.verification.verdict import Comparison, Parting, Probe, Trial, Verdict, is_blind
 
-ERROR_WIDTH = 200
+FAILED, UNSEEN = 16, 256
+"""How far a layer's value may be from the original's, in units of rounding of the weights, before it is named: where
+the outputs differ, and where they agree but would hide a difference. Correct folds measure below 1."""
 
 
 def verify(
@@ -28,7 +29,8 @@ def verify(
 
     The two are equal if, for every output of every trial, the largest error of the collapsed model is at most 4 times
     the original's own error in its dtype, plus 2 units of rounding (in float64, where the original has no error:
-    1e-10), relative to the largest value; and if values are not finite at the same places.
+    1e-10), relative to the largest value; and if values are not finite at the same places. Where the outputs hardly
+    depend on the input, as in a network that was never trained, all layers must agree as well.
 
     Args:
         original: any module; both run as copies in eval mode and are not touched, nor is the random state.
@@ -48,23 +50,25 @@ def verify(
         FxrepError: wrong arguments, or no input on which the original runs.
     """
     _check(original, collapsed, trials)
-    own, new, truth = _copy(original), _copy(collapsed), _copy(original, wide=True)
+    own, new, truth = copied(original), copied(collapsed), widened(original)
 
     def attempt(case: Case) -> str | None:
-        outputs = _run(own, case)
+        outputs = run(own, case)
         return outputs if isinstance(outputs, str) else _useless(outputs)
 
     with torch.no_grad():
-        draws = sampler(original, example_inputs, seed, _like(original), attempt)
+        draws = sampler(original, example_inputs, seed, like(original), attempt)
         cases = list(draws.cases(trials, attempt))
         done = _judged(cases, [_compared(case, own, new, truth) for case in cases])
-        failed = next((case for case, trial in zip(cases, done, strict=True) if not trial), None)
-        parted = _parting(original, collapsed, failed) if failed else ""
-        probes = tuple(p for name in ("inf", "nan") if (p := _probe(name, draws, own, new)))
         sensitivity = _sensitivity(draws, truth)
-    found, why = (parted, "") if isinstance(parted, Parting) else (None, parted)
-    dtype = str(_like(original)[0]).removeprefix("torch.")
-    return Verdict(type(original).__name__, dtype, done, _ratio(done), found, why, probes, sensitivity)
+        failed = [case for case, trial in zip(cases, done, strict=True) if not trial]
+        found: Parting | str | None = None
+        if failed or is_blind(sensitivity):
+            found = _parting(original, collapsed, (failed or cases)[0], FAILED if failed else UNSEEN)
+        probes = tuple(p for name in ("inf", "nan") if (p := _probe(name, draws, own, new)))
+    dtype = str(like(original)[0]).removeprefix("torch.")
+    parted, why = (None, found) if isinstance(found, str) else (found, "")
+    return Verdict(type(original).__name__, dtype, done, _ratio(done), parted, why, probes, sensitivity)
 
 
 def _check(original: nn.Module, collapsed: nn.Module, trials: int) -> None:
@@ -72,7 +76,7 @@ def _check(original: nn.Module, collapsed: nn.Module, trials: int) -> None:
         _check_model(name, model)
     if not _is_count(trials):
         raise FxrepError(f"trials is {trials!r}; pass how many inputs to try, 1 or more")
-    old, new = _kinds(original), _kinds(collapsed)
+    old, new = kinds(original), kinds(collapsed)
     if old and new and not old & new:
         raise FxrepError(
             f"the original is {_told(old)} and collapsed is {_told(new)}; bring both to one dtype and device"
@@ -95,47 +99,8 @@ def _check_model(name: str, model: nn.Module) -> None:
             raise FxrepError(f"{name}: the parameter {path} is on the meta device; there are no numbers to compare")
 
 
-def _kinds(model: nn.Module) -> set[tuple[torch.dtype, torch.device]]:
-    return {(t.dtype, t.device) for t in (*model.parameters(), *model.buffers()) if t.is_floating_point()}
-
-
 def _told(kinds: set[tuple[torch.dtype, torch.device]]) -> str:
     return " and ".join(sorted(f"{dtype} on {device}" for dtype, device in kinds))
-
-
-def _like(model: nn.Module) -> tuple[torch.dtype, torch.device]:
-    """The dtype and device of the first parameter (or buffer) that has a floating-point dtype."""
-    tensors = (t for t in (*model.parameters(), *model.buffers()) if t.is_floating_point())
-    return next(((t.dtype, t.device) for t in tensors), (torch.get_default_dtype(), torch.device("cpu")))
-
-
-def _copy(model: nn.Module, wide: bool = False) -> nn.Module:
-    """A copy in eval mode with tensors of its own, in float64 if `wide`."""
-    copied = structural_copy(model)
-    own_tensors(copied, model)
-    if not wide:
-        return copied
-    for module in copied.modules():
-        for name, value in vars(module).items():
-            if isinstance(value, Tensor):
-                vars(module)[name] = _wide(value)
-    return copied._apply(_wide)
-
-
-def _wide(tensor: Tensor) -> Tensor:
-    if tensor.is_complex():
-        return tensor.to(torch.complex128)
-    return tensor.double() if tensor.is_floating_point() else tensor
-
-
-def _run(model: nn.Module, case: Case) -> list[Leaf] | str:
-    """The outputs, or the error. Whatever random numbers the model draws, each run starts from the same state."""
-    devices = sorted({t.device.index for t in (*model.parameters(), *case.tensors()) if t.is_cuda})
-    try:
-        with torch.random.fork_rng(devices):
-            return leaves(case.call(model))
-    except Exception as error:  # a forward may raise anything
-        return f"{type(error).__name__}: {' '.join(str(error).split())[:ERROR_WIDTH]}"
 
 
 def _useless(outputs: list[Leaf]) -> str | None:
@@ -146,7 +111,7 @@ def _useless(outputs: list[Leaf]) -> str | None:
 
 
 def _compared(case: Case, own: nn.Module, new: nn.Module, truth: nn.Module) -> list[Comparison] | str:
-    expected, rounded, got = _run(truth, case.mapped(_wide)), _run(own, case), _run(new, case)
+    expected, rounded, got = run(truth, case.mapped(wide)), run(own, case), run(new, case)
     if isinstance(expected, str):
         raise FxrepError(f"the original does not run in float64, which is the truth here ({case}): {expected}")
     if isinstance(rounded, str):
@@ -166,14 +131,14 @@ def _judged(cases: Sequence[Case], found: Sequence[list[Comparison] | str]) -> t
     )
 
 
-def _parting(original: nn.Module, collapsed: nn.Module, case: Case) -> Parting | str:
-    """Where the two part on this input, or why that cannot be told."""
+def _parting(original: nn.Module, collapsed: nn.Module, case: Case, units: float) -> Parting | str | None:
+    """Where the two part on this input, or why that cannot be told, or None if all layers agree."""
     if not isinstance(collapsed, GraphModule):
         return f"collapsed is a {type(collapsed).__name__}, no torch.fx.GraphModule whose layers could be compared"
-    coarsest = max((torch.finfo(dtype).eps for dtype, _ in _kinds(collapsed)), default=0.0)
-    wide = _copy(collapsed, wide=True)
-    assert isinstance(wide, GraphModule)
-    return localise(_copy(original, wide=True), wide, case.mapped(_wide), coarsest)
+    rounding = max((torch.finfo(dtype).eps for dtype, _ in kinds(collapsed)), default=0.0)
+    beside = widened(collapsed)
+    assert isinstance(beside, GraphModule)
+    return localise(widened(original), beside, case.mapped(wide), units * rounding)
 
 
 def _ratio(trials: Sequence[Trial]) -> float | None:
@@ -189,7 +154,7 @@ def _probe(name: str, draws: Sampler, own: nn.Module, new: nn.Module) -> Probe |
         return None
     index = [0, 0, *(n // 2 for n in target.shape[2:])][: target.ndim]
     target[tuple(index)] = float(name)
-    outputs, others = _run(own, case), _run(new, case)
+    outputs, others = run(own, case), run(new, case)
     if isinstance(outputs, str) or isinstance(others, str):
         return None
     (spoiled, total), (spoiled_too, _) = _not_finite(outputs), _not_finite(others)
@@ -206,7 +171,7 @@ def _sensitivity(draws: Sampler, truth: nn.Module) -> float | None:
     cases = [draws.draw(own_size, None, False, number) for number in (0, 1)]
     if not any(t.is_floating_point() for t in cases[0].tensors()):
         return None
-    one, other = (_run(truth, case.mapped(_wide)) for case in cases)
+    one, other = (run(truth, case.mapped(wide)) for case in cases)
     if isinstance(one, str) or isinstance(other, str):
         return None
     pairs = [(a.value, b.value) for a, b in zip(one, other, strict=False) if isinstance(a.value, Tensor)]

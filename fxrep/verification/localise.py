@@ -21,24 +21,24 @@ from fxrep.verification.compare import difference
 from fxrep.verification.inputs import Case
 from fxrep.verification.verdict import Parting
 
-TOLERANCE = 16  # units of rounding of the stored weights, between the value of a fold and the value it stands for
 COARSEST, FINEST = 0.02, 1e-9
 SAMPLES = 64
 PREPARES = (F.pad, torch.narrow, torch.index_select)
 JOINS = (operator.add, torch.cat)
 
 
-def localise(original: nn.Module, collapsed: GraphModule, case: Case, rounding: float) -> Parting | str:
-    """Both in float64, on equal inputs; `rounding` is that of the dtype in which the weights were stored.
+def localise(original: nn.Module, collapsed: GraphModule, case: Case, tolerance: float) -> Parting | str | None:
+    """The layer, or why it cannot be told, or None where all agree.
 
-    Values are matched by what they are, not by name: one of the collapsed network that equals one of the original's is
-    taken to be it, and goes on exact, so that errors do not add up. The two part at the first layer whose value equals
-    none although it stands for one, or the first value from which none follows that equals one.
+    Both are in float64 and get equal inputs; `tolerance` is for the rounding of the stored weights. Values are matched
+    by what they are, not by name: one of the collapsed network that equals one of the original's is taken to be it, and
+    goes on exact, so that errors do not add up. The two part at the first layer whose value equals none although it
+    stands for one, or the first value from which none follows that equals one.
     """
     traced = trace(original, case.arguments)
     if isinstance(traced, Refusal):
         return f"the original cannot be traced: {traced.reason}"
-    known = Values(min(max(TOLERANCE * rounding, FINEST), COARSEST))
+    known = Values(min(max(tolerance, FINEST), COARSEST))
     try:
         _Recorder(GraphModule(traced.root, traced.graph), case, known).run(enable_io_processing=False)
         follower = _Follower(collapsed, case, known)
@@ -47,9 +47,7 @@ def localise(original: nn.Module, collapsed: GraphModule, case: Case, rounding: 
         return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
     labelled = _by_label(traced.graph, known)
     node = _first_lost(collapsed, follower, labelled)
-    if node is None:
-        return f"in float64 no layer differs from the original's by more than {known.tolerance:.2g}"
-    return _told(node, follower, labelled)
+    return None if node is None else _told(node, follower, labelled)
 
 
 @dataclass

@@ -11,6 +11,7 @@ SCHEMA = 1
 """Version of `Verdict.to_dict`: raised when a key goes or changes its meaning, not when one is added."""
 
 BLIND = 1e-4
+ALL_AGREE = "in float64 all layers agree"
 KERNEL_ZEROS = (
     "An element that is not finite reaches more outputs of the collapsed model: an identity or 1x1 branch that became\n"
     "part of a larger kernel multiplies its neighbours by 0, and 0 * inf = nan. For finite inputs this changes nothing."
@@ -106,7 +107,7 @@ class Verdict:
     ratio: float | None
     """Mean over trials of the collapsed model's error over the original's own; None where the original has none."""
     parted: Parting | None
-    """Where the two part, if they are not equal and it could be found."""
+    """Where the two part, if they do and it could be found."""
     not_localised: str
     """Why it could not be found."""
     probes: tuple[Probe, ...]
@@ -115,7 +116,8 @@ class Verdict:
 
     @property
     def equal(self) -> bool:
-        return all(self.trials)
+        """Outputs agree, and layers too where these would not tell."""
+        return all(self.trials) and self.parted is None
 
     def __bool__(self) -> bool:
         return self.equal
@@ -139,11 +141,25 @@ class Verdict:
         if worst is not None and worst.difference is not None and worst.error:
             lines.append(f"largest difference: {worst.output}, {worst.difference}")
         if not self:
-            lines.append(f"parted at: {self.parted}" if self.parted else f"not localised: {self.not_localised}")
-        if self.sensitivity is not None and self.sensitivity < BLIND:
-            lines.append(f"between two random inputs the outputs differ by only {self.sensitivity:.2g} of their size:")
-            lines.append("a wrong layer may go unseen (a network that was never trained forgets its input)")
+            lines.append(
+                f"parted at: {self.parted}" if self.parted else f"not localised: {self.not_localised or ALL_AGREE}"
+            )
+        if is_blind(self.sensitivity):
+            lines.append(
+                f"between two random inputs the outputs differ by only {self.sensitivity:.2g} of their size, and"
+            )
+            lines.append(f"would hide a wrong layer: {self._layers()}")
         return lines
+
+    def _layers(self) -> str:
+        if self.parted is not None:
+            return "one differs"
+        return f"layers could not be compared ({self.not_localised})" if self.not_localised else "but all layers agree"
+
+
+def is_blind(sensitivity: float | None) -> bool:
+    """Whether outputs depend so little on the input that a wrong layer may go unseen."""
+    return sensitivity is not None and sensitivity < BLIND
 
 
 def _badness(trial: Trial) -> tuple[bool, bool, float]:
