@@ -11,10 +11,12 @@ if TYPE_CHECKING:
     from fxrep.errors import FxrepError, Refusal
     from fxrep.readers import reader
     from fxrep.report import Report
+    from fxrep.verification import Verdict, verify
 
 _HOMES = {
     "explain": "fxrep.api", "reparameterize": "fxrep.api", "FxrepError": "fxrep.errors", "Refusal": "fxrep.errors",
     "reader": "fxrep.readers", "Report": "fxrep.report",
+    "Verdict": "fxrep.verification", "verify": "fxrep.verification",
 }  # fmt: skip
 
 
@@ -27,4 +29,6 @@ def __getattr__(name: str) -> Any:
     return getattr(import_module(_HOMES[name]), name)
 
 
-__all__ = ["FxrepError", "Refusal", "Report", "__version__", "explain", "reader", "reparameterize"]
+__all__ = [
+    "FxrepError", "Refusal", "Report", "Verdict", "__version__", "explain", "reader", "reparameterize", "verify",
+]  # fmt: skip
