@@ -101,11 +101,11 @@ def conv(at: At) -> Value:
     size, bias, stride = at.pick(1, 3, 3, 5, 2, 4), at.pick(False, True), at.pick(*STRIDES)
     outputs = at.pick(x.channels, x.channels, x.channels, 2 * x.channels, max(x.channels // 2, 1), 1, 6)
     outputs = min(outputs, MOST_CHANNELS)
+    padding = at.pick("same", "same", "same", "none", "one", "before", "after")
     if x.layout != "map":
         return linear(at, outputs, bias)
-    padding = at.pick("same", "same", "same", "none", "one", "before", "after")
     groups = _groups(x, outputs, at.pick(1, 1, 1, x.channels, 2, 4))
-    spelling = at.pick("module", "module", "functional", "computed")
+    spelling, tied = at.pick("module", "module", "functional", "computed"), at.pick(False, False, False, True)
     dilation = at.pick(1, 1, 1, 2)
     taps = _taps(size, at.pick("all", "all", "first", "last"), x.dims)
     geometry = _geometry(x, taps, stride, dilation, padding)
@@ -114,7 +114,7 @@ def conv(at: At) -> Value:
         mode = "zeros"
     layer = Convolution(at.writer.fresh("self.conv"), x.channels, outputs, geometry, groups, bias, mode)
     at.writer.build.append(f"{layer.name} = {layer.constructor()}")
-    if at.pick(False, False, True):
+    if tied:
         _tie(at, layer)
     plain = spelling == "module" and not at.functional
     call = layer.call() if plain else layer.functional_call(spelling == "computed")

@@ -19,22 +19,22 @@ Picks = tuple[int, ...]
 Word = tuple[str, Picks]
 CONV, BN, SCALE, SHIFT, ACT = (("conv", ()), ("bn", ()), ("scale", ()), ("shift", ()), ("act", ()))
 POOL, PAD, SAME, VIEW, TURN = (("pool", ()), ("pad", ()), ("same", ()), ("view", ()), ("turn", ()))
-SHUFFLE, DECONV, HEAD = (("shuffle", ()), ("deconv", ()), ("head", ()))
+SHUFFLE, DECONV, HEAD, REUSE = (("shuffle", ()), ("deconv", ()), ("head", ()), ("reuse", ()))
 POINTWISE, PADLESS = ("conv", (0, 0)), ("conv", (1, 0, 0, 0, 3))
 
 #: What is done on one branch of a block, beginning at the block's input.
 BRANCHES: tuple[tuple[Word, ...], ...] = (
     (CONV,), (CONV, BN), (CONV, BN), (BN,), (SAME,), (POINTWISE, CONV), (POINTWISE, POOL, BN), (CONV, SCALE), (POOL,),
-    (PAD, PADLESS), (CONV, ACT), (SCALE,), (CONV, SHIFT, POINTWISE),
+    (PAD, PADLESS), (CONV, ACT), (SCALE,), (CONV, SHIFT, POINTWISE), (REUSE,),
 )  # fmt: skip
 #: Sequences of which most merge.
 CHAINS: tuple[tuple[Word, ...], ...] = (
     (CONV, BN), (CONV, BN, ACT), (POINTWISE, CONV), (CONV, POINTWISE), (CONV, PADLESS), (BN, PADLESS), (BN, BN),
     (PAD, PADLESS, BN), (CONV, SCALE, SHIFT), (POINTWISE, POOL), (TURN, CONV, TURN), (TURN, CONV, BN), (DECONV, BN),
-    (CONV, SAME, BN), (CONV, VIEW, BN), (HEAD, CONV, BN), (CONV, SHUFFLE, CONV),
+    (CONV, SAME, BN), (CONV, VIEW, BN), (HEAD, CONV, BN), (CONV, SHUFFLE, CONV), (REUSE, BN), (CONV, BN, REUSE, REUSE),
 )  # fmt: skip
 
-picks = st.lists(st.integers(0, 11), max_size=12).map(tuple)
+picks = st.lists(st.integers(0, 11), min_size=4, max_size=12).map(tuple)
 operands = st.sampled_from((0, 0, 0, 0, 0, 1, 1, 2, 3, 4, 6))
 
 
@@ -96,10 +96,10 @@ def split(draw: Draw) -> list[Step]:
 
 
 @st.composite
-def programs(draw: Draw, *, inputs: str | None = None, max_phrases: int = 6) -> Program:
+def programs(draw: Draw, *, inputs: str | None = None, max_phrases: int = 8) -> Program:
     """Programs whose input is of the kind `inputs`: `rows`, `tokens`, `1d`, `2d`, `3d` (None: any)."""
     kind = draw(st.sampled_from(("2d", "2d", "1d", "3d", "tokens", "rows"))) if inputs is None else inputs
-    phrase = st.one_of(single(), single(), chain(), branches(), branches(), split())
+    phrase = st.one_of(single(), single(), single(), chain(), branches(), branches(), split())
     steps = [s for steps in draw(st.lists(phrase, max_size=max_phrases)) for s in steps]
     kept = [draw(st.integers(0, 15)) for _ in steps]  # 0, to which integers shrink, leaves a step out
     return Program(
@@ -110,7 +110,7 @@ def programs(draw: Draw, *, inputs: str | None = None, max_phrases: int = 6) -> 
 
 
 @st.composite
-def networks(draw: Draw, *, inputs: str | None = None, max_phrases: int = 6) -> Network:
+def networks(draw: Draw, *, inputs: str | None = None, max_phrases: int = 8) -> Network:
     """Networks of every op that fxrep reads, with values and layers shared and written in place; eval mode, float64.
 
     A network holds the `program` that it was decoded from, and prints as the source of a module. Its in-place ops may
