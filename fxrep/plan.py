@@ -86,7 +86,8 @@ class _Candidate:
 
 def _is_float(recipe: Recipe) -> bool:
     """Whether the result is certainly a float: scales of plain numbers might act on integers."""
-    return recipe.convolutions > 0 or any(True for e in recipe.emits for _ in K.leaves(e.gain, e.bias))
+    scales = [e for e in recipe.emits if not (e.is_pass or e.is_pad)]
+    return recipe.convolutions > 0 or not scales or any(True for e in scales for _ in K.leaves(e.gain, e.bias))
 
 
 class _State:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 import operator
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -47,8 +47,8 @@ def structural_copy(model: nn.Module) -> nn.Module:
     for module in model.modules():
         tensors = [p for p in module._parameters.values() if p is not None]
         memo.update({id(t): t for t in tensors})
-        plain = [v for v in vars(module).values() if isinstance(v, Tensor) and not v.is_leaf]
-        memo.update({id(t): t.detach().clone() for t in plain})  # the weight that an old weight_norm computed
+        computed = [t for t in _tensors(vars(module)) if not t.is_leaf]  # which cannot be deep-copied as they are
+        memo.update({id(t): t.detach().clone() for t in computed})
         hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
         memo.update({id(h): h for kind in hooks for h in kind.values()})
     try:
@@ -63,6 +63,15 @@ def structural_copy(model: nn.Module) -> nn.Module:
         for name, attribute in vars(old).items():  # a GraphModule loses its plain attributes when it is copied
             vars(new).setdefault(name, attribute)
     return copied
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    """The tensors in a structure of dicts, lists and tuples."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, (dict, list, tuple)):
+        for entry in value.values() if isinstance(value, dict) else value:
+            yield from _tensors(entry)
 
 
 def trace(root: nn.Module, examples: Mapping[str, Any] | None = None) -> Traced | Refusal:
@@ -132,7 +141,10 @@ class Pieces(Proxy):
     """The pieces of a chunk or split whose number is written, which can be iterated; fx itself can only unpack."""
 
     def __iter__(self) -> Any:
-        return iter([operator.getitem(self, i) for i in range(_count_of_pieces(self.node))])
+        return iter([operator.getitem(self, i) for i in range(len(self))])
+
+    def __len__(self) -> int:
+        return _count_of_pieces(self.node)
 
 
 def _count_of_pieces(node: fx.Node) -> int:

@@ -71,6 +71,13 @@ class Facts:
 
 
 @dataclass(frozen=True)
+class SizesOf:
+    """`x.shape` of a value whose rank is not known: only axes counted from the end can be told."""
+
+    shape: Shape
+
+
+@dataclass(frozen=True)
 class Atom:
     """A piece of one axis of a value: `size` entries, `stride` apart. A whole axis has stride 1 and all of its size."""
 

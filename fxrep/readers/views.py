@@ -12,7 +12,7 @@ from torch import nn
 from torch.fx import Node
 
 from fxrep.errors import Illegal
-from fxrep.readers.registry import Atom, Call, Layout, shape_rule
+from fxrep.readers.registry import Atom, Call, Layout, SizesOf, shape_rule
 from fxrep.shapes import Axis, Dim, Shape, Size, divided, multiplied
 
 Axes = tuple[tuple[Atom, ...], ...]
@@ -44,6 +44,10 @@ def _view(at: Call, source: Node, axes: Axes) -> Shape:
 @shape_rule(*RESHAPES)
 def shape_of_reshape(at: Call) -> Shape:
     args = [at.number(a) for a in at.node.args[1:]] + [at.number(v) for k, v in at.node.kwargs.items() if k != "input"]
+    if len(args) == 1 and isinstance(args[0], SizesOf):
+        return args[0].shape
+    if len(args) == 1 and isinstance(args[0], Node):
+        return Shape(at.node.name)  # one size, or all of them
     sizes = args[0] if len(args) == 1 and isinstance(args[0], (tuple, list)) else args
     return _reshaped(at, at.first, list(sizes))
 
@@ -51,7 +55,9 @@ def shape_of_reshape(at: Call) -> Shape:
 @shape_rule(*LIKE_ANOTHER)
 def shape_of_reshape_as(at: Call) -> Shape:
     other = at.node.args[1]
-    rank = at.rank(other)
+    rank = at.shapes.rank(at.shape(other))
+    if rank is None:
+        return at.shape(other)
     return _reshaped(at, at.first, [at.dim(other, i) for i in range(-rank, 0)])
 
 

@@ -16,7 +16,7 @@ from fxrep.affine import AffineConv
 from fxrep.errors import Illegal, Refusal
 from fxrep.form import AffineForm
 from fxrep.kernel import Kernel
-from fxrep.readers.registry import Call, Facts, find, find_shape_rule
+from fxrep.readers.registry import Call, Facts, SizesOf, find, find_shape_rule
 from fxrep.shapes import Axis, Shape, Shapes, Size, multiplied, shifted
 
 SHAPE_ATTRIBUTES = ("shape", "ndim")
@@ -49,7 +49,7 @@ def read_graph(graph: Graph, modules: dict[str, nn.Module], ranks: Mapping[str, 
     known = first.facts.shapes
     taken = {root: rank for root, rank in first.facts.assumed.items() if root not in known.ranks}
     first.facts.assumed = taken
-    sizes_read = any(isinstance(value, (Size, tuple)) for value in first.facts.scalars.values())
+    sizes_read = any(isinstance(value, (Size, SizesOf, tuple)) for value in first.facts.scalars.values())
     if not taken and not sizes_read and not any(r.code in LATER_KNOWN for r in first.refusals.values()):
         return first
     second = _read_once(graph, modules, known.ranks | taken, known.sizes)
@@ -273,16 +273,8 @@ def _size_value(node: Node, facts: Facts) -> Any:
     if what in ("shape", "size") and rank is not None:
         return tuple(facts.shapes.dim(shape, i) for i in range(-rank, 0))
     if what in ("shape", "size"):
-        return _Sizes(facts, shape)
+        return SizesOf(shape)
     return None
-
-
-@dataclass(frozen=True)
-class _Sizes:
-    """`x.shape` of a value whose rank is not known: only axes counted from the end can be told."""
-
-    facts: Facts
-    shape: Shape
 
 
 def _axis(facts: Facts, shape: Shape, index: int, rank: int | None) -> Any:
@@ -301,7 +293,7 @@ def _number_value(node: Node, facts: Facts) -> Any:
         sizes, index = args
         if isinstance(sizes, tuple):
             return sizes[index] if isinstance(index, (int, slice)) and _within(sizes, index) else None
-        if isinstance(sizes, _Sizes) and isinstance(index, int):
+        if isinstance(sizes, SizesOf) and isinstance(index, int):
             return _axis(facts, sizes.shape, index, facts.shapes.rank(sizes.shape))
         return None
     if node.target is operator.mul:
