@@ -98,8 +98,14 @@ class AffineConv:
         return self.is_pointwise and self.groups == self.in_channels == self.out_channels
 
     @property
+    def copies(self) -> bool:
+        """Whether each output is one entry of its own channel, as it is: a pad, a crop, a stride, the identity."""
+        depthwise = self.groups == self.in_channels == self.out_channels
+        return isinstance(self.weight, K.Dirac) and depthwise and self.is_one_tap and not self.transposed
+
+    @property
     def is_identity(self) -> bool:
-        return self.is_diagonal and isinstance(self.weight, K.Dirac) and self.bias is None
+        return self.copies and not self.moves and self.bias is None
 
     @property
     def net_pad(self) -> Ints:
@@ -152,7 +158,7 @@ class AffineConv:
             return replace(dense, weight=K.take(dense.weight, rows), bias=_take(dense.bias, rows)), None
         width = self.in_channels // self.groups
         columns = tuple(c for g in groups for c in range(g * width, (g + 1) * width))
-        weight = K.Dirac((len(rows), *self.weight.shape[1:])) if self.is_identity else K.take(self.weight, rows)
+        weight = K.Dirac((len(rows), *self.weight.shape[1:])) if self.copies else K.take(self.weight, rows)
         taken = replace(
             self, weight=weight, bias=_take(self.bias, rows), groups=len(groups), fill=_take(self.fill, columns)
         )
@@ -238,6 +244,8 @@ def compose_weights(outer: AffineConv, inner: AffineConv) -> AffineConv:
 
 
 def _composed_kernel(outer: AffineConv, inner: AffineConv) -> Kernel:
+    if outer.copies or inner.copies:
+        return inner.weight if outer.copies else outer.weight
     if outer.is_diagonal:
         return K.ScaleRows(inner.weight.shape, inner.weight, diagonal_of(outer))
     if inner.is_diagonal:
