@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
 
-from fxrep import affine
+from fxrep import affine, composition
 from fxrep import kernel as K
 from fxrep.affine import AffineConv, Ints
 from fxrep.errors import Illegal
@@ -214,11 +214,11 @@ def _apply(operator: AffineConv, part: Part) -> Part:
     outside = part.bias
     for anchor, term in part.terms.items():
         inner = _as_operator(term, operator.in_channels, operator.dims)
-        affine.check_geometry(operator, inner)
+        composition.check_geometry(operator, inner)
         outside = K.total(outside, inner.outside())
-        terms[anchor] = affine.compose_weights(operator, inner)
-    affine.check_outside(operator, outside)
-    bias = K.total(operator.bias, affine.bias_through(operator, part.bias))
+        terms[anchor] = composition.compose_weights(operator, inner)
+    composition.check_outside(operator, outside)
+    bias = K.total(operator.bias, composition.bias_through(operator, part.bias))
     return Part(terms, bias, operator.out_channels)
 
 

@@ -14,11 +14,7 @@ from torch.fx import GraphModule, Node
 
 from fxrep.fold import Folded
 from fxrep.plan import Decision, Plan
-
-HOOKS = (
-    "_forward_hooks", "_forward_pre_hooks", "_forward_hooks_with_kwargs", "_forward_pre_hooks_with_kwargs",
-    "_forward_hooks_always_called",
-)  # fmt: skip
+from fxrep.trace import HOOKS
 
 
 class Ledger:

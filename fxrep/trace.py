@@ -28,6 +28,10 @@ RANDOM_FACTORIES = (
     "randint_like",
     "bernoulli",
 )
+HOOKS = (
+    "_forward_hooks", "_forward_pre_hooks", "_forward_hooks_with_kwargs", "_forward_pre_hooks_with_kwargs",
+    "_forward_hooks_always_called",
+)  # fmt: skip
 SPLIT_SIZES = ("chunks", "split_size", "split_size_or_sections")
 
 
@@ -62,6 +66,8 @@ def structural_copy(model: nn.Module) -> nn.Module:
     for old, new in zip(model.modules(), copied.modules(), strict=True):
         for name, attribute in vars(old).items():  # a GraphModule loses its plain attributes when it is copied
             vars(new).setdefault(name, attribute)
+        for name in HOOKS:  # and its hooks
+            vars(new)[name].update(vars(old)[name])
     return copied
 
 

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from fxrep import affine
 from fxrep import kernel as K
-from fxrep.affine import AffineConv, add, compose, stack
+from fxrep.affine import AffineConv, add, stack
+from fxrep.composition import compose
 
 SPATIAL = (1, 2, 3)
 ANY = (0, *SPATIAL)

@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from layers import Layer, execute, layer, random
 from torch import Tensor
 
-from fxrep.affine import AffineConv, add, compose
+from fxrep.affine import AffineConv, add
+from fxrep.composition import compose
 
 QUICK = settings(max_examples=120, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 CHANNELS = 4

@@ -12,7 +12,7 @@ import torch
 from layers import Layer, border, execute, image, interior, layer, random, same, scale
 from torch import Tensor
 
-from fxrep import affine, form
+from fxrep import composition, form
 from fxrep import kernel as K
 from fxrep.errors import CODES, Illegal
 from fxrep.form import AffineForm, Anchor, Gain, Part, cat, constant, merged, value
@@ -275,7 +275,7 @@ def unchecked(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
     """Turns off the checks of borders and layouts, so that a form folds whatever it is given."""
 
     def turn_off() -> None:
-        monkeypatch.setattr(affine, "check_outside", lambda *_: None)
+        monkeypatch.setattr(composition, "check_outside", lambda *_: None)
         monkeypatch.setattr(form, "_one_layout", lambda a, b: a if b is None else b)
 
     return turn_off

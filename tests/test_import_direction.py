@@ -14,6 +14,7 @@ ORDER = (
     "errors",
     "kernel",
     "affine",
+    "composition",
     "form",
     "shapes",
     "readers",
@@ -37,7 +38,7 @@ ORDER = (
     "cli",
     "__main__",
 )
-WITHOUT_FX = ("kernel", "affine", "form", "shapes", "cost", "report")
+WITHOUT_FX = ("kernel", "affine", "composition", "form", "shapes", "cost", "report")
 CLI_MAY_IMPORT = {"errors", "report", "api", "__init__"}
 
 FILES = sorted(PACKAGE.rglob("*.py"))

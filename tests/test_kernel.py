@@ -15,7 +15,8 @@ from torch import Tensor
 
 from fxrep import affine
 from fxrep import kernel as K
-from fxrep.affine import AffineConv, add, compose, stack
+from fxrep.affine import AffineConv, add, stack
+from fxrep.composition import compose
 from fxrep.kernel import Kernel, Leaf
 
 
