@@ -265,7 +265,7 @@ class _State:
     def plan(self) -> Plan:
         decisions = {
             node: Decision(
-                node, self.recipes[node], inlined,
+                node, self.recipes[node], tuple(sorted(inlined, key=self.order.__getitem__)),
                 self.original[node] + sum(self.original[i] for i in inlined if i in self.removed), self.seconds[node],
             )
             for node, inlined in self.inlined.items() if node not in self.removed

@@ -97,7 +97,8 @@ def unchecked(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
     """Turns the algebra's checks off, so that it folds whatever it is given."""
 
     def turn_off() -> None:
-        for room, check in ((composition, "check_geometry"), (composition, "check_outside"), (affine, "_check_alignable")):
+        checks = ((composition, "check_geometry"), (composition, "check_outside"), (affine, "_check_alignable"))
+        for room, check in checks:
             monkeypatch.setattr(room, check, lambda *_: None)
 
     return turn_off

@@ -141,7 +141,8 @@ def cat(at: At) -> Value:
 @op
 def piece(at: At) -> Value:
     """Some of the channels: the first or the second part of them, every other one, or a selection."""
-    x, second, way = at.x, at.pick(False, True), at.pick("slice", "chunk", "split", "narrow", "select", "step", "select")
+    x, second = at.x, at.pick(False, True)
+    way = at.pick("slice", "chunk", "split", "narrow", "select", "step", "select")
     if x.channels < 2:
         return x
     half = (x.channels + 1) // 2
