@@ -7,7 +7,7 @@ with its own sum; a term is an `AffineConv`, or a `Gain`, the scalar multiple of
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 from fxrep import affine, composition
@@ -78,7 +78,6 @@ class AffineForm:
     parts: tuple[Part, ...]
     dims: int | None = None
     aligned: bool = True
-    provenance: tuple[str, ...] = field(default=())
 
     @property
     def channels(self) -> int | None:

@@ -197,11 +197,7 @@ class Pricer:
         result = self.sizes.numbers(out, dims + 1)
         works = [w for e in recipe.emits for w in self._term(e, dims, result, of)]
         written = float(prod(result))
-        works += [
-            Work(elements=3 * written * len(p) / max(len(recipe.parts), 1), steps=1)
-            for p in recipe.parts
-            for _ in p[1:]
-        ]
+        works += [Work(elements=3 * written / len(recipe.parts), steps=1)] * recipe.additions
         works += [Work(elements=2 * written, steps=1)] if len(recipe.parts) > 1 else []
         return works
 

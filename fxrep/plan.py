@@ -125,11 +125,11 @@ class _State:
             fewer = now[1] + sum(self.recipes[g].steps for g in candidate.gone) - candidate.steps
             if fewer <= 0 or self._grows(node, candidate) or not _is_float(candidate.recipe):
                 continue
-            tie = abs(saved) <= TOLERANCE * max(now[0], candidate.seconds)
-            worth = (0.0, fewer) if tie else (saved, fewer)
-            if worth > margin and (saved > 0 or tie):
-                best, margin = candidate, worth
-            elif not tie and saved < 0 and fewer > 0:
+            if abs(saved) <= TOLERANCE * max(now[0], candidate.seconds):
+                saved = 0.0  # a tie goes to fewer operators
+            if (saved, fewer) > margin:
+                best, margin = candidate, (saved, fewer)
+            elif saved < 0:
                 self._decline(node, candidate, -saved)
         if best is not None:
             for code in ("costs-more", "layout"):

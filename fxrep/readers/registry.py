@@ -164,6 +164,8 @@ class Call:
 
     def shape(self, argument: Any) -> Shape:
         """The shape of a tensor operand, as far as it is known."""
+        if not isinstance(argument, Node) or argument.name in self.facts.scalars:
+            raise Illegal("not-affine", f"{argument} is no tensor of the network")
         if argument.name in self.facts.constants:
             return Shape(None, self.facts.constants[argument.name].shape)
         return self.shapes.of[argument.name]

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
+from math import prod
 from typing import Any
 
 import torch
@@ -25,6 +26,7 @@ Resize = Callable[[int, int], int]
 
 BATCHES = (2, 3, 1)
 SIDES = (32, 64, 96, 128, 224, 256, 299, 384)  # tried in turn where no example tells a size
+MOST_ENTRIES = 1 << 22
 SMALL_SIDES = (1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 14, 16, 20, 24, 28, 32, 48, 64, 96, 128)
 CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
 PASS_EXAMPLES = "pass example_inputs: a tensor, a tuple of arguments or a dict of keyword arguments"
@@ -203,9 +205,8 @@ def _inferred(
         raise FxrepError(f"{name} cannot be traced ({known.reason}), so its inputs cannot be told; {PASS_EXAMPLES}")
     required = [p.name for p in signature.parameters.values() if p.default is p.empty and p.kind not in _VARIADIC]
     error: str | None = f"its forward{signature} names no input"
-    for side in SIDES if required else ():
-        arguments = {p: torch.full(_shape(p, known, side), -0.5, dtype=like[0], device=like[1]) for p in required}
-        case = Case(signature, arguments)
+    for shapes in _shapes(required, known):
+        case = Case(signature, {p: torch.full(s, -0.5, dtype=like[0], device=like[1]) for p, s in shapes.items()})
         error = attempt(case)
         if error is None:
             return case
@@ -213,6 +214,17 @@ def _inferred(
 
 
 _VARIADIC = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+
+
+def _shapes(names: Sequence[str], known: Mapping[str, Known]) -> Iterator[dict[str, list[int]]]:
+    """Shapes of all inputs, at one side after the other while they are not too large."""
+    last: dict[str, list[int]] = {}
+    for side in SIDES:
+        shapes = {name: _shape(name, known, side) for name in names}
+        if shapes == last or (last and sum(prod(s) for s in shapes.values()) > MOST_ENTRIES):
+            return
+        yield shapes
+        last = shapes
 
 
 def _shape(name: str, known: Mapping[str, Known], side: int) -> list[int]:
