@@ -51,6 +51,7 @@ class Rewriter:
                 self.new.erase_node(node)
         mutation.restore(self.new, self.ours, self.modules)
         self.new.lint()
+        assert len(self.new.find_nodes(op="output")) == 1, "the network's result was not computed"
         targets = {
             str(n.target): self._attribute(str(n.target)) for n in self.new.nodes if n.op in ("call_module", "get_attr")
         }

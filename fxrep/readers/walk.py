@@ -137,11 +137,17 @@ def _convolved(size: Any, term: AffineConv, i: int) -> Any:
 
 
 def is_bypass(node: Node, readings: Readings) -> bool:
-    """Whether every reader of this op has a form that does without it: the chunk under its pieces."""
+    """Whether every value made with this op has a form that looks through it: the chunk under its pieces."""
+    return _is_looked_through(node, node.name, readings)
+
+
+def _is_looked_through(node: Node, origin: str, readings: Readings) -> bool:
     if node.op not in ("call_function", "call_method") or not node.users or node.name in readings.forms:
         return False
     return all(
-        (u.name in readings.forms and node.name not in readings.forms[u.name].sources) or is_bypass(u, readings)
+        origin not in readings.forms[u.name].sources
+        if u.name in readings.forms
+        else _is_looked_through(u, origin, readings)
         for u in node.users
     )
 
