@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -80,11 +80,9 @@ def _rows(value: Tensor, anchor: Anchor, dims: int) -> Tensor:
 def _draw(decision: Decision, readings: Readings, extra: int, device: torch.device) -> Callable[[str], Tensor]:
     """Random values by name: small maps with a border all around an interior, of no two equal sides."""
     dims = decision.recipe.dims or 0
-    operators = [e.operator for e in decision.recipe.emits if e.operator]
-    reach = [n for o in operators for n in _reach(o)]
     known = readings.facts.shapes
-    anchors = [known.full(known.of[s]) for s in decision.recipe.form.sources]
-    sizes = _axis_sizes(anchors, readings, dims, max(reach, default=0) + 1 + extra)
+    terms = [(known.full(known.of[e.anchor.source]), e.operator) for e in decision.recipe.emits]
+    sizes = _axis_sizes(terms, readings, dims, extra)
     generator = torch.Generator().manual_seed(SEED + extra)
 
     def draw(name: str) -> Tensor:
@@ -96,24 +94,43 @@ def _draw(decision: Decision, readings: Readings, extra: int, device: torch.devi
     return draw
 
 
-def _reach(operator: AffineConv) -> Iterator[int]:
-    """Per axis, how many pixels more than one a map needs for the operator to give any."""
-    for span, lo, hi in zip(operator.span, operator.pad_lo, operator.pad_hi, strict=True):
-        yield (lo + hi if operator.transposed else span + max(-lo, 0) + max(-hi, 0))
+def _axis_sizes(
+    terms: list[tuple[Shape, AffineConv | None]], readings: Readings, dims: int, extra: int
+) -> dict[Axis, int]:
+    """The smallest sizes of the free axes for which every term has border and interior, and all give one size.
 
-
-def _axis_sizes(shapes: list[Shape], readings: Readings, dims: int, least: int) -> dict[Axis, int]:
-    """The smallest size of every free axis for which every anchor's axis is at least `least`; sides are kept apart."""
+    The sides are kept apart, so that a fold which confuses them is seen.
+    """
     known = readings.facts.shapes
     sizes: dict[Axis, int] = {}
-    spatial = [(i, d) for s in shapes for i in range(1, dims + 1) if (d := known.dim(s, -i)) is not None]
-    for position, dim in spatial:
-        for axis in free_axes([dim]):
-            size = sizes.get(axis, 1)
-            sizes[axis] = size
-            while known.evaluate(dim, lambda a: sizes.get(a, 1)) < least + position % 2 and sizes[axis] < 1 << 20:
-                sizes[axis] += 1 if sizes[axis] < 64 else sizes[axis] // 16
+    for i in range(dims):
+        wanted = max(_output_size(op, i, _least(op, i) + extra + i % 2) for _, op in terms)
+        for shape, op in terms:
+            dim = known.dim(shape, i - dims)
+            for axis in free_axes([] if dim is None else [dim]):
+                sizes.setdefault(axis, 1)
+                while _output_size(op, i, known.evaluate(dim or 0, lambda a: sizes.get(a, 1))) < wanted:
+                    sizes[axis] += 1 if sizes[axis] < 64 else sizes[axis] // 16
+                    if sizes[axis] > 1 << 20:
+                        break
     return sizes
+
+
+def _least(op: AffineConv | None, axis: int) -> int:
+    """The size along an axis at which an operator has a pixel that its padding does not reach."""
+    if op is None:
+        return 1
+    lo, hi = op.pad_lo[axis], op.pad_hi[axis]
+    return 1 + (lo + hi if op.transposed else op.span[axis] + max(-lo, 0) + max(-hi, 0))
+
+
+def _output_size(op: AffineConv | None, axis: int, size: int) -> int:
+    if op is None:
+        return size
+    net = op.pad_lo[axis] + op.pad_hi[axis]
+    if op.transposed:
+        return (size - 1) * op.stride[axis] + op.span[axis] + 1 - net
+    return (size + net - op.span[axis] - 1) // op.stride[axis] + 1
 
 
 def _concrete(shape: Shape, readings: Readings, sizes: dict[Axis, int], dims: int, channels: int) -> tuple[int, ...]:

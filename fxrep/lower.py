@@ -63,7 +63,7 @@ class Recipe:
 
     @property
     def convolutions(self) -> int:
-        """How many layers with weights it needs."""
+        """How many layers with a kernel it needs; an average pool is one."""
         return sum(e.operator is not None and not e.is_pad for e in self.emits)
 
     @property

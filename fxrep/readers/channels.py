@@ -80,6 +80,8 @@ def read_view(at: Call, module: Any = None) -> AffineForm:
     if at.out_shape is not None and at.shapes.same(at.out_shape, at.shape(at.first)):
         return forms.value(at.first.name)  # the sizes that it has already
     source, axes = axes_of(at)
+    if not at.is_value(source):
+        raise Illegal("not-affine", "it is a view of a constant")
     if axes == layout_of(at, source).axes:
         return forms.value(source.name)
     if keeps_rows(at, source, axes):

@@ -35,6 +35,7 @@ class Readings:
     forms: Mapping[str, AffineForm]
     refusals: Mapping[str, Refusal]
     facts: Facts
+    bypassed: frozenset[str]
 
     def is_value(self, node: Node) -> bool:
         return node.name not in self.facts.constants and node.name not in self.facts.scalars
@@ -69,7 +70,7 @@ def _read_once(graph: Graph, modules: dict[str, nn.Module], ranks: dict[str, int
             found[node.name] = form
         elif isinstance(form, Refusal):
             refusals[node.name] = form
-    return Readings(found, refusals, facts)
+    return Readings(found, refusals, facts, _bypassed(graph, found))
 
 
 def _read_node(node: Node, facts: Facts) -> AffineForm | Refusal | None:
@@ -138,18 +139,20 @@ def _convolved(size: Any, term: AffineConv, i: int) -> Any:
 
 def is_bypass(node: Node, readings: Readings) -> bool:
     """Whether every value made with this op has a form that looks through it: the chunk under its pieces."""
-    return _is_looked_through(node, node.name, readings)
+    return node.name in readings.bypassed
 
 
-def _is_looked_through(node: Node, origin: str, readings: Readings) -> bool:
-    if node.op not in ("call_function", "call_method") or not node.users or node.name in readings.forms:
-        return False
-    return all(
-        origin not in readings.forms[u.name].sources
-        if u.name in readings.forms
-        else _is_looked_through(u, origin, readings)
-        for u in node.users
-    )
+def _bypassed(graph: Graph, found: Mapping[str, AffineForm]) -> frozenset[str]:
+    """The ops that no form reads, all of whose users are forms or such ops; `seen` is what is read through each."""
+    seen: dict[str, frozenset[str]] = {}
+    for node in reversed(graph.nodes):
+        if node.op not in ("call_function", "call_method") or not node.users or node.name in found:
+            continue
+        read = [frozenset(found[u.name].sources) if u.name in found else seen.get(u.name) for u in node.users]
+        through = frozenset().union(*(r for r in read if r is not None))
+        if None not in read and node.name not in through:
+            seen[node.name] = through
+    return frozenset(seen)
 
 
 def is_hooked(module: nn.Module) -> bool:
@@ -183,10 +186,12 @@ def _is_random(node: Node) -> bool:
 
 def _computed(node: Node, operands: list[Node], facts: Facts) -> Kernel | None:
     """The node as a `Map` over the kernels of its operands; its shape is found by running it once."""
-    kernels = tuple(facts.constants[o.name] for o in operands)
+    indices = {o: k.tensor for o in operands if isinstance(k := facts.constants[o.name], K.Leaf) and not _is_float(k)}
+    weights = [o for o in operands if o not in indices]
+    kernels = tuple(facts.constants[o.name] for o in weights)
 
     def run(*values: Tensor) -> Any:
-        number = dict(zip(operands, values, strict=True))
+        number = {**indices, **dict(zip(weights, values, strict=True))}
         args, kwargs = torch.fx.map_arg((node.args, dict(node.kwargs)), lambda n: number[n])
         if node.op == "call_method":
             return getattr(args[0], str(node.target))(*args[1:], **kwargs)
@@ -202,6 +207,10 @@ def _computed(node: Node, operands: list[Node], facts: Facts) -> Kernel | None:
     if not sample.is_floating_point():
         return K.Leaf.of(sample)
     return K.Map(tuple(sample.shape), run, kernels)
+
+
+def _is_float(leaf: K.Leaf) -> bool:
+    return leaf.tensor.is_floating_point() or leaf.tensor.is_complex()
 
 
 def _as_stored(kernel: Kernel) -> Tensor:
