@@ -119,6 +119,8 @@ def _emit(anchor: Anchor, term: Term) -> Emit:
         return Emit(anchor)
     if term.is_diagonal:
         return Emit(anchor, gain=diagonal_of(term))
+    if not term.dims:
+        return Emit(anchor, operator=term.regrouped(1))  # a linear layer has no groups
     if term.pads and term.fill is not None and not isinstance(term.fill, K.Constant):
         raise Illegal("pad-value", "the padding value differs from channel to channel, which no layer offers")
     if term.transposed and not all(0 <= lo - hi < max(s, d) for lo, hi, s, d in _output_paddings(term)):
