@@ -174,6 +174,13 @@ def test_a_network_of_one_size_is_tried_at_that_size():
     assert {t.inputs for t in verdict.trials} == {"2x3x64x64", "3x3x64x64", "1x3x64x64"}
 
 
+def test_hooks_of_the_root_run():
+    model = randomise(Branches())
+    model.register_forward_hook(lambda _model, _args, output: output * 2)
+    verdict = verify(model, fxrep.reparameterize(model))
+    assert verdict, verdict
+
+
 # The models are left alone
 
 
@@ -202,6 +209,8 @@ def test_the_seed_decides():
 
 # Wrong arguments
 
+ONE_SIZE = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(7, 5))
+
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
@@ -214,6 +223,8 @@ def test_the_seed_decides():
         ((nn.Conv2d(3, 4, 3), nn.Conv2d(3, 4, 3), torch.ones(1, 2, 8, 8)), "does not run on example_inputs"),
         ((nn.ReLU(), nn.ReLU()), "nothing tells the shape of the input"),
         ((Untraceable(), Untraceable()), "cannot be traced"),
+        ((ONE_SIZE, ONE_SIZE), "no input was found on which Sequential runs"),
+        ((Logarithm(), Logarithm(), -torch.ones(2, 3, 6, 6)), "does not run on example_inputs.*no finite value"),
         ((nn.Flatten(), nn.Flatten(), torch.full((2, 3), 1)), None),
         ((nn.LazyConv2d(4, 3), nn.Conv2d(3, 4, 3)), "lazy parameter"),
         ((nn.Conv2d(3, 4, 3, device="meta"), nn.Conv2d(3, 4, 3)), "meta device"),
