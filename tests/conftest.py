@@ -2,10 +2,14 @@
 
 import os
 
-from hypothesis import HealthCheck, settings
+from hypothesis import HealthCheck, Phase, settings
 
 #: Networks are built, collapsed and run: no example is fast, and how fast is no matter of correctness.
-LENIENT = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow, HealthCheck.data_too_large]}
+LENIENT = {
+    "deadline": None,
+    "suppress_health_check": [HealthCheck.too_slow, HealthCheck.data_too_large],
+    "phases": [phase for phase in Phase if phase is not Phase.explain],
+}
 
 settings.register_profile("quick", max_examples=300, derandomize=bool(os.environ.get("CI")), **LENIENT)
 settings.register_profile("deep", max_examples=20_000, print_blob=True, **LENIENT)
