@@ -20,6 +20,7 @@ from fxrep.plan import Decision, Plan
 from fxrep.readers import Readings, is_bypass
 from fxrep.readers.walk import ASSERTS
 from fxrep.shapes import Dim, Product, Size
+from fxrep.trace import Recorder
 
 PROVENANCE = "fxrep_provenance"
 
@@ -33,7 +34,7 @@ class Rewriter:
     readings: Readings
     modules: dict[str, nn.Module]
     folded: Mapping[int, Folded]
-    new: Graph = field(default_factory=Graph)
+    new: Graph = field(default_factory=lambda: Graph(tracer_cls=Recorder))
     env: dict[Node, Any] = field(default_factory=dict)
     ours: set[Node] = field(default_factory=set)
     droppable: list[Node] = field(default_factory=list)

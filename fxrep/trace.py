@@ -174,7 +174,14 @@ for _name in ("iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow", "
     setattr(Proxy, f"__{_name}__", _records(getattr(operator, _name)))
 
 
-class Tracer(fx.Tracer):
+class Recorder(fx.Tracer):
+    """A tracer that sees writes; a pickled result is traced again by it when it is loaded."""
+
+    def proxy(self, node: fx.Node) -> Proxy:
+        return (Pieces if _count_of_pieces(node) else Proxy)(node, self)
+
+
+class Tracer(Recorder):
     """fx's tracer with leaves for what must stay whole, and arguments with defaults specialised to their default."""
 
     def __init__(self, kept: frozenset[str] = frozenset(), examples: Mapping[str, Any] | None = None) -> None:
@@ -191,9 +198,6 @@ class Tracer(fx.Tracer):
             for name, tensor in reversed(tensors):
                 self.names[id(tensor)] = name
         return super().trace(root, concrete_args)
-
-    def proxy(self, node: fx.Node) -> Proxy:
-        return (Pieces if _count_of_pieces(node) else Proxy)(node, self)
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         if module_qualified_name in self.kept or is_hooked(m) or isinstance(m, torch.jit.ScriptModule):

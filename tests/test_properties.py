@@ -55,7 +55,9 @@ def assert_close(got: list[Tensor], expected: list[Tensor]) -> None:
 
 
 def assert_same(got: list[Tensor], expected: list[Tensor]) -> None:
-    assert all(torch.equal(g, e) for g, e in zip(got, expected, strict=True))
+    """The same numbers, but for the last bit: how memory is aligned decides the order of a sum."""
+    for g, e in zip(got, expected, strict=True):
+        torch.testing.assert_close(g, e, rtol=1e-12, atol=1e-12, equal_nan=True)
 
 
 @given(cases(inputs=3))
@@ -82,8 +84,9 @@ def test_nothing_becomes_more(case: Case):
     assert report.cost_after <= report.cost_before * (1 + RELATIVE)
     assert layers(report.after) <= layers(report.before)
     assert report.after["bn"] <= report.before["bn"]
-    joins = case[0].source.count("torch.cat(") + case[0].source.count("torch.concat(")
-    assert report.after["add"] <= report.before["add"] + joins  # conv(cat(a, b)) may become conv(a) + conv(b)
+    # stack([a, b]).sum(0) may become a + b, and conv(cat(a, b)) conv(a) + conv(b).
+    joins = sum(case[0].source.count(f"torch.{name}(") for name in ("stack", "cat", "concat"))
+    assert report.after["add"] <= report.before["add"] + joins
 
 
 def layers(counts: dict[str, int]) -> int:
@@ -93,13 +96,18 @@ def layers(counts: dict[str, int]) -> int:
 
 @share(0.5)
 @given(cases())
-def test_the_second_pass_finds_nothing(case: Case):
-    _, (inputs,), with_example = case
+def test_passes_settle(case: Case):
+    """The second pass finds next to nothing (`test_the_second_pass_finds_nothing`), and the third nothing at all."""
+    network, (inputs,), with_example = case
     once = collapse(case)
     twice = collapse((once, [inputs], with_example))
-    assert not twice.report.collapses, twice.report.collapses
-    assert twice.report.after == once.report.after
-    assert_same(run(twice, inputs), run(once, inputs))
+    thrice = collapse((twice, [inputs], with_example))
+    event("second pass", len(twice.report.collapses))
+    assert not thrice.report.collapses
+    assert_close(run(twice, inputs), run(network, inputs))
+    assert layers(twice.report.after) <= layers(once.report.after)
+    if not twice.report.collapses:
+        assert twice.report.after == once.report.after
 
 
 @share(0.3)
@@ -173,17 +181,24 @@ def test_modules_and_functions_collapse_alike(case: Case):
     assert_close(run(results[1], inputs), run(network, inputs))
 
 
-def test_the_properties_are_about_something():
-    """Of a fixed batch: how many programs collapse at all, in how many ways, and how much goes away."""
-    reports: list[fxrep.Report] = []
+@pytest.fixture(scope="module")
+def batch() -> list[Case]:
+    """A fixed batch of cases."""
+    drawn: list[Case] = []
 
     @seed(1)
     @settings(max_examples=150, database=None, phases=[Phase.generate], suppress_health_check=list(HealthCheck))
     @given(cases())
     def collect(case: Case) -> None:
-        reports.append(collapse(case).report)
+        drawn.append(case)
 
     collect()
+    return drawn
+
+
+def test_the_properties_are_about_something(batch: list[Case]):
+    """How many programs of the batch collapse at all, to how many kinds of layers, and how much goes away."""
+    reports = [collapse(case).report for case in batch]
     collapses = [c for report in reports for c in report.collapses]
     gone = {kind: sum(r.before[kind] - r.after[kind] for r in reports) for kind in ("conv", "bn", "add")}
     assert sum(bool(report.collapses) for report in reports) >= 60
@@ -192,3 +207,9 @@ def test_the_properties_are_about_something():
     assert gone["conv"] >= 40
     assert gone["bn"] >= 80
     assert gone["add"] >= 40
+
+
+def test_the_second_pass_finds_nothing(batch: list[Case]):
+    """But where terms on one value are cheaper apart: once layers of their own, one of them may absorb more."""
+    found = [bool(collapse((collapse(case), *case[1:])).report.collapses) for case in batch]
+    assert sum(found) <= 0.03 * len(found)
