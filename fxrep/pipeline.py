@@ -132,10 +132,11 @@ def _problem(graph: Graph, readings: Readings, writes: Writes, examples: dict[st
         for source in form.sources:
             readers[source].add(name)
     for node in graph.nodes:
-        if node.name in readings.forms or node.name in readings.facts.scalars or is_bypass(node, readings):
+        if node.name in readings.facts.scalars or is_bypass(node, readings):
             continue
-        for operand in node.all_input_nodes:
-            readers[operand.name].add(node.name)
+        for operand in node.all_input_nodes:  # the one that reshape_as asks for its size among them
+            if not (node.name in readings.forms and is_bypass(operand, readings)):
+                readers[operand.name].add(node.name)
     for name in reversed(list(readings.forms)):  # a view that every reader looks through reads nothing itself
         if not readers[name]:
             for source in readings.forms[name].sources:
