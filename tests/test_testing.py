@@ -163,12 +163,13 @@ OFTEN = (
     " += ", "alpha=", "nn.Parameter", "register_buffer", "affine=False", "F.pad", ".mean(",
 )  # fmt: skip
 AT_TIMES = (
-    "nn.Conv1d", "nn.Conv3d", "nn.ConvTranspose", "F.conv1d", "F.conv2d", "F.conv3d", "F.linear", "stride=2", "AvgPool",
-    "padding='same'", "padding_mode=", "mode='reflect'", "mode='replicate'", "mode='circular'", "F.avg_pool", "MaxPool",
-    "track_running_stats=False", "count_include_pad=False", "ceil_mode=True", ".chunk(", "torch.split", ".narrow(",
-    "index_select", "ChannelShuffle", "torch.stack", "torch.rsub", "sum([", " -= ", " *= ", ".add_(", ".sub_(",
-    ".mul_(", "inplace=True", "nn.Dropout", "nn.Identity", ".detach()", ".clone()", "LeakyReLU", "torch.tanh",
-    "torch.sigmoid", "reshape_as", "permute", ".transpose(", "flatten", ".shape[", ".size(", "torch._assert", ".weight = self.",
+    "nn.Conv1d", "nn.Conv3d", "nn.ConvTranspose", "F.conv1d", "F.conv2d", "F.conv3d", "F.linear", "stride=2",
+    "AvgPool", "padding='same'", "padding_mode=", "mode='reflect'", "mode='replicate'", "mode='circular'",
+    "F.avg_pool", "MaxPool", "track_running_stats=False", "count_include_pad=False", "ceil_mode=True", ".chunk(",
+    "torch.split", ".narrow(", "index_select", "ChannelShuffle", "torch.stack", "torch.rsub", "sum([", " -= ",
+    " *= ", ".add_(", ".sub_(", ".mul_(", "inplace=True", "nn.Dropout", "nn.Identity", ".detach()", ".clone()",
+    "LeakyReLU", "torch.tanh", "torch.sigmoid", "reshape_as", "permute", ".transpose(", "flatten", ".shape[",
+    ".size(", "torch._assert", ".weight = self.",
 )  # fmt: skip
 
 
