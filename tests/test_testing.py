@@ -168,7 +168,8 @@ AT_TIMES = (
     "F.avg_pool", "MaxPool", "track_running_stats=False", "count_include_pad=False", "ceil_mode=True", ".chunk(",
     "torch.split", ".narrow(", "index_select", "ChannelShuffle", "torch.stack", "torch.rsub", "sum([", " -= ",
     " *= ", ".add_(", ".sub_(", ".mul_(", "inplace=True", "nn.Dropout", "nn.Identity", ".detach()", ".clone()",
-    "LeakyReLU", "torch.tanh", "torch.sigmoid", "reshape_as", "permute", ".transpose(", "flatten", ".shape[",
+    "LeakyReLU", "torch.tanh", "torch.sigmoid", "reshape_as", "permute", ".transpose(", "flatten",
+    ".shape[",
     ".size(", "torch._assert", ".weight = self.",
 )  # fmt: skip
 
