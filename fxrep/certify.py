@@ -43,7 +43,7 @@ def _difference(
     try:
         draw = _draw(decision, readings, extra, _device(folded))
         interpreter = _Interpreter(decision, nodes, readings, draw)
-        anchors = {s: interpreter.value(nodes[s]) for s in sorted(decision.recipe.form.sources, key=list(nodes).index)}
+        anchors = {s: interpreter.value(nodes[s]) for s in decision.recipe.form.sources}
         expected = interpreter.value(nodes[decision.node])
         got = run(decision.recipe, folded, lambda a: _rows(anchors[a.source], a, decision.recipe.dims or 0))
     except Exception as error:  # any failure to run it means that it is not certified

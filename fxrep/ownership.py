@@ -14,6 +14,7 @@ from torch.fx import GraphModule, Node
 
 from fxrep.fold import Folded
 from fxrep.plan import Decision, Plan
+from fxrep.readers.walk import attribute_of
 from fxrep.trace import HOOKS
 
 
@@ -61,7 +62,7 @@ class Ledger:
         while todo:
             current = todo.pop()
             todo += [n for n in current.all_input_nodes if n.name in self.constants]
-            if current.op == "get_attr" and isinstance(t := _attribute(self.root, str(current.target)), Tensor):
+            if current.op == "get_attr" and isinstance(t := attribute_of(self.root, str(current.target)), Tensor):
                 yield t
 
 
@@ -82,13 +83,6 @@ def _kind(tensor: Tensor) -> tuple[object, ...]:
 def _memory(tensor: Tensor) -> int:
     """What identifies the memory that a tensor occupies; two parameters may share one."""
     return tensor.untyped_storage().data_ptr() or id(tensor)
-
-
-def _attribute(root: nn.Module, target: str) -> Any:
-    owner: Any = root
-    for part in target.split("."):
-        owner = getattr(owner, part, None)
-    return owner
 
 
 class Collapsed(GraphModule):

@@ -163,7 +163,7 @@ def is_hooked(module: nn.Module) -> bool:
 def _note_constant(node: Node, facts: Facts) -> bool:
     """Notes parameters, and what is computed from parameters alone, as kernels."""
     if node.op == "get_attr":
-        tensor = _attribute(facts.modules[""], str(node.target))
+        tensor = attribute_of(facts.modules[""], str(node.target))
         if isinstance(tensor, Tensor):
             facts.constants[node.name] = K.Leaf.of(tensor)
             return True
@@ -217,7 +217,8 @@ def _as_stored(kernel: Kernel) -> Tensor:
     return kernel.tensor if isinstance(kernel, K.Leaf) else K.evaluate(kernel)
 
 
-def _attribute(root: nn.Module, target: str) -> Any:
+def attribute_of(root: nn.Module, target: str) -> Any:
+    """What a dotted path names, None where there is nothing."""
     owner: Any = root
     for part in target.split("."):
         owner = getattr(owner, part, None)
