@@ -22,7 +22,12 @@ Examples = Tensor | tuple[Any, ...] | list[Any] | Mapping[str, Any] | None
 
 
 def reparameterize(
-    model: nn.Module, example_inputs: Examples = None, *, inplace: bool = False, profile: Profile | None = None
+    model: nn.Module,
+    example_inputs: Examples = None,
+    *,
+    inplace: bool = False,
+    strict: bool = False,
+    profile: Profile | None = None,
 ) -> nn.Module:
     """The network with every affine region that pays replaced by the one convolution that it equals.
 
@@ -31,6 +36,8 @@ def reparameterize(
         example_inputs: a tensor, a tuple of positional or a dict of keyword arguments. They sharpen costs, and tell
             the number of axes of each input where the network itself does not; nothing is specialised to their sizes.
         inplace: reuse the model's tensors instead of copying those that are kept; do not use the model afterwards.
+        strict: keep branches apart where one kernel would turn an `inf` of the input into more `nan` than the branches
+            give. A kernel holds zeros where a narrower branch (identity, 1x1) read nothing, and 0·inf is nan.
         profile: the device to choose for (default: the shipped profile of the device that holds the parameters).
 
     Returns:
@@ -47,11 +54,13 @@ def reparameterize(
     name = type(model).__name__
     if isinstance(traced, Refusal):
         return _finished(root, root, model, _untraceable(model, traced), inplace)
-    collapsed, report = Pipeline(name, traced, examples, profile or _profile(model)).rewrite(inplace)
+    collapsed, report = Pipeline(name, traced, examples, profile or _profile(model), strict).rewrite(inplace)
     return _finished(collapsed, root, model, report, inplace)
 
 
-def explain(model: nn.Module, example_inputs: Examples = None, *, profile: Profile | None = None) -> Report:
+def explain(
+    model: nn.Module, example_inputs: Examples = None, *, strict: bool = False, profile: Profile | None = None
+) -> Report:
     """The report that `reparameterize` would give, without rewriting: nothing is folded, so nothing is certified."""
     _check_model(model)
     examples = _bind(model, example_inputs)
@@ -59,7 +68,7 @@ def explain(model: nn.Module, example_inputs: Examples = None, *, profile: Profi
     name = type(model).__name__
     if isinstance(traced, Refusal):
         return _untraceable(model, traced)
-    return Pipeline(name, traced, examples, profile or _profile(model)).explain()
+    return Pipeline(name, traced, examples, profile or _profile(model), strict).explain()
 
 
 def _untraceable(model: nn.Module, refusal: Refusal) -> Report:

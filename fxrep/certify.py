@@ -11,6 +11,7 @@ from torch.fx import Node
 
 from fxrep import kernel as K
 from fxrep.affine import AffineConv
+from fxrep.depthwise import ByTaps
 from fxrep.errors import Refusal
 from fxrep.fold import Folded, run
 from fxrep.form import Anchor
@@ -23,29 +24,32 @@ SEED = 0x5EED
 
 
 def certify(
-    decision: Decision, folded: Mapping[int, Folded], nodes: Mapping[str, Node], readings: Readings
+    decision: Decision,
+    folded: Mapping[int, Folded],
+    nodes: Mapping[str, Node],
+    readings: Readings,
+    doubles: K.Doubles,
 ) -> Refusal | None:
     """None if the fold gives what its sub-graph gives, on random data with border pixels, at two sizes."""
     if _device(folded).type == "meta":
         return None  # no numbers, nothing to compare
+    interpreter = _Interpreter(decision, nodes, readings, doubles)
     for extra in (0, 1):
-        fact = _difference(decision, folded, nodes, readings, extra)
+        fact = _difference(decision, folded, interpreter, extra)
         if fact is not None:
             return _failed(decision, fact)
     return None
 
 
 @torch.no_grad()
-def _difference(
-    decision: Decision, folded: Mapping[int, Folded], nodes: Mapping[str, Node], readings: Readings, extra: int
-) -> str | None:
+def _difference(decision: Decision, folded: Mapping[int, Folded], interpreter: _Interpreter, extra: int) -> str | None:
     """How the fold differs from its sub-graph on maps that are `extra` larger than the least, or None."""
     try:
-        draw = _draw(decision, readings, extra, _device(folded))
-        interpreter = _Interpreter(decision, nodes, readings, draw)
-        anchors = {s: interpreter.value(nodes[s]) for s in decision.recipe.form.sources}
-        expected = interpreter.value(nodes[decision.node])
-        got = run(decision.recipe, folded, lambda a: _rows(anchors[a.source], a, decision.recipe.dims or 0))
+        interpreter.restart(_draw(decision, interpreter.readings, extra, _device(folded)))
+        with ByTaps():
+            anchors = {s: interpreter.value(s) for s in decision.recipe.form.sources}
+            expected = interpreter.value(decision.node)
+            got = run(decision.recipe, folded, lambda a: _rows(anchors[a.source], a, decision.recipe.dims or 0))
     except Exception as error:  # any failure to run it means that it is not certified
         return f"could not be run: {type(error).__name__}: {' '.join(str(error).split())[:160]}"
     if got.shape != expected.shape:
@@ -88,7 +92,7 @@ def _draw(decision: Decision, readings: Readings, extra: int, device: torch.devi
     def draw(name: str) -> Tensor:
         whole = [e.operator for e in decision.recipe.emits if e.operator and e.anchor == Anchor(name)]
         channels = whole[0].in_channels if whole else 3
-        shape = _concrete(known.full(known.of[name]), readings, sizes, dims, channels)
+        shape = _concrete(known.full(known.of[name]), readings, lambda a: sizes.get(a, 2 - extra), dims, channels)
         return torch.randn(shape, generator=generator, dtype=torch.float64).to(device)
 
     return draw
@@ -133,7 +137,9 @@ def _output_size(op: AffineConv | None, axis: int, size: int) -> int:
     return (size + net - op.span[axis] - 1) // op.stride[axis] + 1
 
 
-def _concrete(shape: Shape, readings: Readings, sizes: dict[Axis, int], dims: int, channels: int) -> tuple[int, ...]:
+def _concrete(
+    shape: Shape, readings: Readings, size: Callable[[Axis], int], dims: int, channels: int
+) -> tuple[int, ...]:
     known = readings.facts.shapes
     rank = known.rank(shape) or max(len(shape.tail), dims + 1) + 1
     numbers = []
@@ -142,23 +148,24 @@ def _concrete(shape: Shape, readings: Readings, sizes: dict[Axis, int], dims: in
         if dim is None or (not isinstance(dim, int) and i == -dims - 1):
             numbers.append(channels)
         else:
-            numbers.append(max(known.evaluate(dim, lambda axis: sizes.get(axis, 2)), 1))
+            numbers.append(max(known.evaluate(dim, size), 1))
     return tuple(numbers)
 
 
 class _Interpreter:
     """Runs the nodes that a decision replaces, on demand, in float64, on random values of what they are made from."""
 
-    def __init__(
-        self, decision: Decision, nodes: Mapping[str, Node], readings: Readings, draw: Callable[[str], Tensor]
-    ) -> None:
-        self.nodes, self.readings, self.draw = nodes, readings, draw
+    def __init__(self, decision: Decision, nodes: Mapping[str, Node], readings: Readings, doubles: K.Doubles) -> None:
+        self.nodes, self.readings, self.doubles = nodes, readings, doubles
         self.inside = {decision.node, *decision.inlined}
         self.sources = set(decision.recipe.form.sources)
-        self.values: dict[str, Any] = {}
 
-    def value(self, wanted: Node) -> Any:
-        todo = [wanted]
+    def restart(self, draw: Callable[[str], Tensor]) -> None:
+        """Forgets the values."""
+        self.draw, self.values = draw, dict[str, Any]()
+
+    def value(self, wanted: str) -> Any:
+        todo = [self.nodes[wanted]]
         while todo:
             node = todo[-1]
             missing = [n for n in self._operands(node) if n.name not in self.values]
@@ -168,7 +175,7 @@ class _Interpreter:
                     self.values[node.name] = self._run(node) if self._is_run(node) else self.draw(node.name)
             else:
                 todo.extend(missing)
-        return self.values[wanted.name]
+        return self.values[wanted]
 
     def _operands(self, node: Node) -> list[Node]:
         return [] if node.name in self.readings.facts.constants or not self._is_run(node) else node.all_input_nodes
@@ -187,22 +194,20 @@ class _Interpreter:
         constant = self.readings.facts.constants.get(node.name)
         if constant is not None:
             known = constant.tensor if isinstance(constant, K.Leaf) else None
-            return known if known is not None and not known.is_floating_point() else K.evaluate(constant)
+            if known is not None and not known.is_floating_point():
+                return known
+            return K.evaluate(constant, lambda leaf: self.doubles.of(leaf.tensor))
         args, kwargs = torch.fx.map_arg((node.args, dict(node.kwargs)), lambda n: self.values[n.name])
         if node.op == "call_module":
-            return run_in_float64(self.readings.facts.modules[str(node.target)], args, kwargs)
+            return self._call(self.readings.facts.modules[str(node.target)], args, kwargs)
         if node.op == "call_method":
             return getattr(args[0], str(node.target))(*args[1:], **kwargs)
         if node.op != "call_function":
             raise RuntimeError(f"{node.name} is not between the anchors and the value")
         return node.target(*args, **kwargs)  # type: ignore[operator]
 
-
-def run_in_float64(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """The module's forward with its parameters and buffers in float64, without changing it."""
-    state = {n: t.detach().double() if t.is_floating_point() else t for n, t in _state(module)}
-    return torch.func.functional_call(module, state, args, kwargs)
-
-
-def _state(module: nn.Module) -> list[tuple[str, Tensor]]:
-    return [*module.named_parameters(), *module.named_buffers()]
+    def _call(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The module's forward with its parameters and buffers in float64, without changing it."""
+        tensors = [*module.named_parameters(), *module.named_buffers()]
+        state = {n: self.doubles.of(t) if t.is_floating_point() else t for n, t in tensors}
+        return torch.func.functional_call(module, state, args, kwargs)

@@ -23,6 +23,7 @@ CODES: dict[str, str] = {
     "metadata": "the size of the value is read, and no value that is kept has that size",
     "mutation": "the value is written in place while another reader may still see it",
     "net-pad": "the branches' kernels cannot be aligned: pad_lo + pad_hi - dilation*(kernel-1) differs",
+    "non-finite": "zeros in the merged kernel would turn an infinity into nan, and `strict` was asked for",
     "not-affine": "the op is not an affine map of its input",
     "not-traceable": "the forward cannot be traced symbolically",
     "pad-value": "the padding value is not what the operator gives outside its input",

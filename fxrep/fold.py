@@ -52,7 +52,7 @@ class Folded:
         return replace(self, weight=weight, bias=bias)
 
 
-def fold(emit: Emit, default: Like | None = None) -> Folded:
+def fold(emit: Emit, doubles: K.Doubles, default: Like | None = None) -> Folded:
     """Evaluates the emit's kernels; `default` is what weights without any parameter in them should be like.
 
     Raises Illegal where the parameters live on several devices, or where there are none and no default.
@@ -63,16 +63,18 @@ def fold(emit: Emit, default: Like | None = None) -> Folded:
     if like is None:
         raise Illegal("dtype-unknown", "its weights would be constants, and no parameter says of which dtype")
     with torch.no_grad():
-        w, b = (None if k is None else _own(K.evaluate(k).to(like.device), k) for k in (weight, bias))
+        w, b = (None if k is None else _own(k, doubles).to(like.device) for k in (weight, bias))
         if w is not None and emit.operator is not None and emit.operator.transposed:
             w = _columns_first(w, emit.operator.groups)
     fill = emit.operator.fill.value if emit.operator and isinstance(emit.operator.fill, K.Constant) else 0.0
     return Folded(emit, w, b, fill, like)
 
 
-def _own(value: Tensor, kernel: K.Kernel) -> Tensor:
-    """A copy where the value is only another view of a parameter."""
-    storages = {leaf.tensor.untyped_storage().data_ptr() for leaf in K.leaves(kernel)}
+def _own(kernel: K.Kernel, doubles: K.Doubles) -> Tensor:
+    """The numbers of the kernel: a copy where they are only another view of a parameter."""
+    leaves = [doubles.of(leaf.tensor) for leaf in K.leaves(kernel)]
+    value = K.evaluate(kernel, lambda leaf: doubles.of(leaf.tensor))
+    storages = {leaf.untyped_storage().data_ptr() for leaf in leaves}
     return value.clone() if value.untyped_storage().data_ptr() in storages else value
 
 

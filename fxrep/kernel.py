@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, fields, replace
 from itertools import product
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,19 +21,19 @@ LeafValue = Callable[["Leaf"], Tensor]
 
 @dataclass(frozen=True, eq=False)
 class Kernel:
-    """A node of the expression. `operands` are its children; `_compute` turns their numbers into its own."""
+    """A node of the expression. `operands` are the kernels among its fields; `_compute` turns their numbers into its
+    own."""
 
     shape: Shape
-
-    @property
-    def operands(self) -> tuple[Kernel, ...]:
-        return ()
-
-    def _compute(self, *values: Tensor) -> Tensor:
-        raise NotImplementedError
+    operands: tuple[Kernel, ...] = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
         assert all(isinstance(n, int) for n in self.shape), self.shape
+        found = [k for value in vars(self).values() for k in (value if isinstance(value, tuple) else (value,))]
+        object.__setattr__(self, "operands", tuple(k for k in found if isinstance(k, Kernel)))
+
+    def _compute(self, *values: Tensor) -> Tensor:
+        raise NotImplementedError
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,10 +63,6 @@ class Map(Kernel):
     function: Callable[..., Tensor]
     inputs: tuple[Kernel, ...]
 
-    @property
-    def operands(self) -> tuple[Kernel, ...]:
-        return self.inputs
-
     def _compute(self, *values: Tensor) -> Tensor:
         return self.function(*values).reshape(self.shape)
 
@@ -88,10 +85,6 @@ class ScaleRows(Kernel):
     weight: Kernel
     gain: Kernel
 
-    @property
-    def operands(self) -> tuple[Kernel, ...]:
-        return self.weight, self.gain
-
     def _compute(self, *values: Tensor) -> Tensor:
         weight, gain = values
         return weight * gain.reshape(gain.shape + (1,) * (weight.ndim - gain.ndim) if gain.ndim else ())
@@ -104,10 +97,6 @@ class ScaleColumns(Kernel):
     weight: Kernel
     gain: Kernel
     groups: int
-
-    @property
-    def operands(self) -> tuple[Kernel, ...]:
-        return self.weight, self.gain
 
     def _compute(self, *values: Tensor) -> Tensor:
         weight, gain = values
@@ -122,10 +111,6 @@ class Place(Kernel):
     weight: Kernel
     offset: tuple[int, ...]
     step: tuple[int, ...]
-
-    @property
-    def operands(self) -> tuple[Kernel, ...]:
-        return (self.weight,)
 
     def _compute(self, *values: Tensor) -> Tensor:
         (weight,) = values
@@ -144,10 +129,6 @@ class Regroup(Kernel):
     groups_from: int
     groups_to: int
 
-    @property
-    def operands(self) -> tuple[Kernel, ...]:
-        return (self.weight,)
-
     def _compute(self, *values: Tensor) -> Tensor:
         (weight,) = values
         ratio = self.groups_from // self.groups_to
@@ -163,10 +144,6 @@ class Sum(Kernel):
     """Σ terms, all of one shape (scalars broadcast)."""
 
     terms: tuple[Kernel, ...]
-
-    @property
-    def operands(self) -> tuple[Kernel, ...]:
-        return self.terms
 
     def _compute(self, *values: Tensor) -> Tensor:
         total = values[0].expand(self.shape).clone()
@@ -184,10 +161,6 @@ class Compose(Kernel):
     groups: int
     step_outer: tuple[int, ...]
     step_inner: tuple[int, ...]
-
-    @property
-    def operands(self) -> tuple[Kernel, ...]:
-        return self.outer, self.inner
 
     def _compute(self, *values: Tensor) -> Tensor:
         outer, inner = (v.reshape(self.groups, v.shape[0] // self.groups, *v.shape[1:]) for v in values)
@@ -212,10 +185,6 @@ class Contract(Kernel):
     vector: Kernel
     groups: int
 
-    @property
-    def operands(self) -> tuple[Kernel, ...]:
-        return self.weight, self.vector
-
     def _compute(self, *values: Tensor) -> Tensor:
         weight, vector = values
         per_column = weight.flatten(2).sum(2) if weight.ndim > 2 else weight
@@ -229,10 +198,6 @@ class StackRows(Kernel):
 
     parts: tuple[Kernel, ...]
 
-    @property
-    def operands(self) -> tuple[Kernel, ...]:
-        return self.parts
-
     def _compute(self, *values: Tensor) -> Tensor:
         return torch.cat(values)
 
@@ -243,10 +208,6 @@ class TakeRows(Kernel):
 
     source: Kernel
     index: tuple[int, ...]
-
-    @property
-    def operands(self) -> tuple[Kernel, ...]:
-        return (self.source,)
 
     def _compute(self, *values: Tensor) -> Tensor:
         return values[0][torch.tensor(self.index, device=values[0].device)]
@@ -260,10 +221,6 @@ class TakeColumns(Kernel):
     start: int
     stop: int
 
-    @property
-    def operands(self) -> tuple[Kernel, ...]:
-        return (self.source,)
-
     def _compute(self, *values: Tensor) -> Tensor:
         return values[0][:, self.start : self.stop]
 
@@ -274,10 +231,6 @@ class PlaceColumns(Kernel):
 
     source: Kernel
     index: tuple[int, ...]
-
-    @property
-    def operands(self) -> tuple[Kernel, ...]:
-        return (self.source,)
 
     def _compute(self, *values: Tensor) -> Tensor:
         (weight,) = values
@@ -324,6 +277,40 @@ def leaves(*kernels: Kernel | None) -> Iterator[Leaf]:
 
 def in_float64(leaf: Leaf) -> Tensor:
     return leaf.tensor.detach().to(torch.float64)
+
+
+class Doubles:
+    """Tensors detached and in float64, each converted once; forget it as soon as its region is done."""
+
+    def __init__(self) -> None:
+        self._of: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def of(self, tensor: Tensor) -> Tensor:
+        if id(tensor) not in self._of:
+            self._of[id(tensor)] = tensor, tensor.detach().to(torch.float64)
+        return self._of[id(tensor)][1]
+
+
+def has_zeros(kernel: Kernel) -> bool:
+    """Whether an entry is zero by construction, whatever the numbers of the model are: it was laid into a larger
+    window, or among more columns, and nothing else was added there."""
+    positive: dict[int, Kernel] = {}
+    for node in _topological((kernel,)):
+        positive[id(node)] = _positive(node, positive)
+    return not evaluate(positive[id(kernel)]).all()
+
+
+def _positive(node: Kernel, operands: dict[int, Kernel]) -> Kernel:
+    """The node with ones in the place of all numbers, so that nothing cancels."""
+    if isinstance(node, (Leaf, Constant, Map)):
+        return Constant(node.shape, 1.0)
+
+    def swapped(value: Any) -> Any:
+        if isinstance(value, tuple):
+            return tuple(map(swapped, value))
+        return operands[id(value)] if isinstance(value, Kernel) else value
+
+    return replace(node, **{f.name: swapped(getattr(node, f.name)) for f in fields(node) if f.init})
 
 
 def evaluate(kernel: Kernel, leaf_value: LeafValue = in_float64) -> Tensor:

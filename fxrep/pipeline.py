@@ -14,6 +14,7 @@ from fxrep.certify import certify
 from fxrep.cost import Profile
 from fxrep.errors import FxrepError, Illegal, Refusal
 from fxrep.fold import Folded, fold, like_of
+from fxrep.kernel import Doubles
 from fxrep.mutation import Writes, drop_identities, functionalize
 from fxrep.ownership import Ledger
 from fxrep.plan import Decision, Plan, Problem, make_plan
@@ -26,7 +27,7 @@ from fxrep.trace import Traced
 class Pipeline:
     """A traced model, read and planned; `rewrite` carries the plan out."""
 
-    def __init__(self, name: str, traced: Traced, examples: Mapping[str, Any], profile: Profile) -> None:
+    def __init__(self, name: str, traced: Traced, examples: Mapping[str, Any], profile: Profile, strict: bool) -> None:
         self.name, self.traced, self.graph, self.modules = name, traced, traced.graph, dict(traced.modules)
         self.before = census(self.graph, self.modules)
         drop_identities(self.graph, self.modules)
@@ -36,7 +37,7 @@ class Pipeline:
         self.nodes: dict[str, Node] = {n.name: n for n in self.graph.nodes}
         _check_examples(self.readings, shapes)
         self.like = like_of(traced.root)
-        self.plan = make_plan(_problem(self.graph, self.readings, writes, shapes), profile)
+        self.plan = make_plan(_problem(self.graph, self.readings, writes, shapes), profile, strict)
 
     def explain(self) -> Report:
         """The report of the plan, with nothing folded and so nothing certified."""
@@ -67,11 +68,12 @@ class Pipeline:
 
     def _fold(self, decision: Decision) -> list[Folded] | Refusal:
         """The decision's numbers in float64, certified."""
+        doubles = Doubles()
         try:
-            numbers = [fold(e, self.like) for e in decision.recipe.emits]
+            numbers = [fold(e, doubles, self.like) for e in decision.recipe.emits]
         except Illegal as illegal:
             return Refusal(decision.node, illegal.code, illegal.reason, illegal.hint)
-        return certify(decision, {id(f.emit): f for f in numbers}, self.nodes, self.readings) or numbers
+        return certify(decision, {id(f.emit): f for f in numbers}, self.nodes, self.readings, doubles) or numbers
 
     def _report(self, plan: Plan, refused: Sequence[Refusal], after: dict[str, int]) -> Report:
         """The plan in the user's names."""

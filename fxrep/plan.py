@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from math import inf
 
 from fxrep import kernel as K
 from fxrep.cost import Profile, duration
@@ -62,9 +63,12 @@ class Plan:
         return replace(self, decisions=kept, removed=self.removed - frozenset(dropped.inlined), seconds_after=after)
 
 
-def make_plan(problem: Problem, profile: Profile) -> Plan:
-    """Greedy in graph order: for each affine value its cone of values that nobody else reads, the best prefix of it."""
-    state = _State(problem, profile)
+def make_plan(problem: Problem, profile: Profile, strict: bool = False) -> Plan:
+    """Greedy in graph order: for each affine value its cone of values that nobody else reads, the best prefix of it.
+
+    `strict` allows no kernel with zeros that the model does not multiply by: 0·∞ is not a number.
+    """
+    state = _State(problem, profile, strict)
     todo = deque(problem.forms)
     while todo:
         node = todo.popleft()
@@ -84,6 +88,11 @@ class _Candidate:
     steps: int
 
 
+def has_zeros(recipe: Recipe) -> bool:
+    """Whether a kernel of it is zero somewhere by construction."""
+    return any(K.has_zeros(e.operator.weight) for e in recipe.emits if e.operator is not None)
+
+
 def _is_float(recipe: Recipe) -> bool:
     """Whether the result is certainly a float: scales of plain numbers might act on integers."""
     scales = [e for e in recipe.emits if not (e.is_pass or e.is_pad)]
@@ -93,8 +102,8 @@ def _is_float(recipe: Recipe) -> bool:
 class _State:
     """The plan while it is made."""
 
-    def __init__(self, problem: Problem, profile: Profile) -> None:
-        self.problem = problem
+    def __init__(self, problem: Problem, profile: Profile, strict: bool) -> None:
+        self.problem, self.strict = problem, strict
         self.order = {name: i for i, name in enumerate(problem.forms)}
         self.pricer = Pricer(Sizes(problem.shapes, dict(problem.sizes)), profile)
         self.readers = {name: set(users) for name, users in problem.readers.items()}
@@ -248,10 +257,13 @@ class _State:
         self.refusals.setdefault((node, code), Refusal(node, code, reason, hint))
 
     def _lower(self, node: str, form: AffineForm, check: bool = False) -> Recipe:
-        out = self.problem.shapes.of[node]
-        recipe = lower(form, lambda r: self.pricer.seconds(r, out, self.problem.shapes.of.__getitem__))
+        strict = check and self.strict
+        recipe = lower(form, lambda r: inf if strict and has_zeros(r) else self._seconds(node, r))
         if check and recipe.dims == 0:
-            self._check_rows(out, recipe)
+            self._check_rows(self.problem.shapes.of[node], recipe)
+        if strict and has_zeros(recipe):
+            fact = f"{recipe.describe()} would have zeros where the branches do not read: with them inf becomes nan"
+            raise Illegal("non-finite", fact, "strict=False, if no input holds inf or nan")
         return recipe
 
     def _check_rows(self, out: Shape, recipe: Recipe) -> None:

@@ -26,6 +26,7 @@ ORDER = (
     "plan",
     "census",
     "fold",
+    "depthwise",
     "certify",
     "ownership",
     "rewrite",

@@ -1,0 +1,56 @@
+"""The certificate's own depthwise convolution is torch's."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from fxrep.depthwise import ByTaps
+
+CONVOLVE = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
+# stride, padding, dilation
+GEOMETRY = {
+    "plain": (1, 0, 1), "padded": (1, 1, 1), "strided": (2, 1, 1), "dilated": (1, 2, 2), "all": (3, 2, 2),
+    "longer than the map": (9, 0, 1),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("bias", [True, False], ids=["bias", "no bias"])
+@pytest.mark.parametrize("name", GEOMETRY)
+@pytest.mark.parametrize("dims", CONVOLVE)
+def test_it_is_torchs_convolution(dims, name, bias):
+    torch.manual_seed(0)
+    x = torch.randn(2, 6, *(7, 8, 9)[:dims], dtype=torch.float64)
+    weight = torch.randn(6, 1, *(3, 2, 3)[:dims], dtype=torch.float64)
+    vector = torch.randn(6, dtype=torch.float64) if bias else None
+    expected = CONVOLVE[dims](x, weight, vector, *GEOMETRY[name], groups=6)
+    with ByTaps():
+        got = CONVOLVE[dims](x, weight, vector, *GEOMETRY[name], groups=6)
+    assert got.shape == expected.shape
+    assert torch.allclose(got, expected, rtol=0, atol=1e-14)
+
+
+def test_different_geometry_on_each_axis():
+    x, weight = torch.randn(1, 4, 11, 12, dtype=torch.float64), torch.randn(4, 1, 3, 1, dtype=torch.float64)
+    arguments = {"stride": (2, 1), "padding": (0, 3), "dilation": (2, 1), "groups": 4}
+    expected = F.conv2d(x, weight, **arguments)
+    with ByTaps():
+        assert torch.allclose(F.conv2d(x, weight, **arguments), expected, rtol=0, atol=1e-14)
+
+
+@pytest.mark.parametrize(
+    ("shape", "options"),
+    [((8, 1, 3, 3), {"groups": 4}), ((4, 2, 3, 3), {"groups": 2}), ((4, 4, 3, 3), {}), ((4, 1, 7, 7), {"groups": 4}),
+     ((4, 1, 2, 2), {"groups": 4, "padding": "same"})],
+    ids=["two rows a channel", "groups", "dense", "many taps", "same"],
+)  # fmt: skip
+def test_all_else_is_torchs_own(shape, options):
+    x, weight = torch.randn(1, 4, 9, 9, dtype=torch.float64), torch.randn(shape, dtype=torch.float64)
+    expected = F.conv2d(x, weight, **options)
+    with ByTaps():
+        assert torch.equal(F.conv2d(x, weight, **options), expected)
+
+
+def test_an_unbatched_map_is_torchs_own():
+    x, weight = torch.randn(4, 9, 9, dtype=torch.float64), torch.randn(4, 1, 3, 3, dtype=torch.float64)
+    with ByTaps():
+        assert F.conv2d(x, weight, groups=4).shape == (4, 7, 7)
