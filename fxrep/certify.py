@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -46,7 +47,8 @@ def _difference(decision: Decision, folded: Mapping[int, Folded], interpreter: _
     """How the fold differs from its sub-graph on maps that are `extra` larger than the least, or None."""
     try:
         interpreter.restart(_draw(decision, interpreter.readings, extra, _device(folded)))
-        with ByTaps():
+        with ByTaps(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
             anchors = {s: interpreter.value(s) for s in decision.recipe.form.sources}
             expected = interpreter.value(decision.node)
             got = run(decision.recipe, folded, lambda a: _rows(anchors[a.source], a, decision.recipe.dims or 0))
@@ -125,7 +127,10 @@ def _least(op: AffineConv | None, axis: int) -> int:
     if op is None:
         return 1
     lo, hi = op.pad_lo[axis], op.pad_hi[axis]
-    return 1 + (lo + hi if op.transposed else op.span[axis] + max(-lo, 0) + max(-hi, 0))
+    if op.transposed:
+        return 1 + lo + hi
+    mirrored = 0 if op.mode == "zeros" else max(lo, hi)  # torch reflects no more than there is
+    return 1 + max(op.span[axis] + max(-lo, 0) + max(-hi, 0), mirrored)
 
 
 def _output_size(op: AffineConv | None, axis: int, size: int) -> int:

@@ -19,6 +19,8 @@ def compose(outer: AffineConv, inner: AffineConv) -> AffineConv:
     (Ding et al., "Diverse Branch Block", arXiv 2103.13425, transforms I and III, for any geometry.)
     Raises Illegal where `outer` pads over a map that is not, outside `inner`'s output, what it pads with.
     """
+    if inner.is_identity and inner.bias is None:
+        return outer
     check_geometry(outer, inner)
     check_outside(outer, inner.outside())
     bias = K.total(outer.bias, bias_through(outer, inner.bias))

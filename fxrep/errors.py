@@ -32,6 +32,7 @@ CODES: dict[str, str] = {
     "pads-over-taps": "padding cuts through taps that the composed operator would compute",
     "pool-border": "the average divides by a varying count at the border",
     "rank-unknown": "the number of dimensions decides the channel axis, and it is not known",
+    "random": "the op draws random numbers",
     "reader-failed": "the reader of the op raised an exception: a bug in the reader",
     "shape-unknown": "the sizes that decide the meaning of the op are not known",
     "shared": "the value has other readers, and computing it for each costs more",
@@ -39,6 +40,10 @@ CODES: dict[str, str] = {
     "transposed": "a transposed convolution does not compose with this operator",
     "unsupported-options": "the op is called with options that have no affine reading",
 }
+
+
+#: What is true of every activation is told nobody: only ops that could have been merged are in a report.
+UNTOLD = frozenset({"not-affine"})
 
 
 def _check_code(code: str) -> None:

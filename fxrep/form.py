@@ -209,6 +209,8 @@ def _as_operator(term: Term, channels: int, dims: int) -> AffineConv:
 
 
 def _apply(operator: AffineConv, part: Part) -> Part:
+    if part.bias is None and [t.is_identity for t in part.terms.values()] == [True]:
+        return Part(dict.fromkeys(part.terms, operator.without_bias()), operator.bias, operator.out_channels)
     terms: dict[Anchor, Term] = {}
     outside = part.bias
     for anchor, term in part.terms.items():

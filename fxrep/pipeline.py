@@ -12,7 +12,7 @@ from torch.fx import Graph, GraphModule, Node
 from fxrep.census import census, planned
 from fxrep.certify import certify
 from fxrep.cost import Profile
-from fxrep.errors import FxrepError, Illegal, Refusal
+from fxrep.errors import UNTOLD, FxrepError, Illegal, Refusal
 from fxrep.fold import Folded, fold, like_of
 from fxrep.kernel import Doubles
 from fxrep.mutation import Writes, drop_identities, functionalize
@@ -95,7 +95,7 @@ class Pipeline:
     def _is_declined(self, refusal: Refusal) -> bool:
         """Whether a merge was in sight: an op that is affine in other circumstances, on an affine value."""
         node = self.nodes[refusal.node]
-        return refusal.code != "not-affine" and any(
+        return refusal.code not in UNTOLD and any(
             n.name in self.readings.forms for n in (*node.all_input_nodes, *node.users)
         )
 
