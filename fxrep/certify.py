@@ -92,7 +92,11 @@ def _draw(decision: Decision, readings: Readings, extra: int, device: torch.devi
     generator = torch.Generator().manual_seed(SEED + extra)
 
     def draw(name: str) -> Tensor:
-        whole = [e.operator for e in decision.recipe.emits if e.operator and e.anchor == Anchor(name)]
+        whole = [
+            e.operator
+            for e in decision.recipe.emits
+            if e.operator and e.anchor.source == name and e.anchor.rows is None
+        ]
         channels = whole[0].in_channels if whole else 3
         shape = _concrete(known.full(known.of[name]), readings, lambda a: sizes.get(a, 2 - extra), dims, channels)
         return torch.randn(shape, generator=generator, dtype=torch.float64).to(device)
@@ -115,11 +119,15 @@ def _axis_sizes(
             dim = known.dim(shape, i - dims)
             for axis in free_axes([] if dim is None else [dim]):
                 sizes.setdefault(axis, 1)
-                while _output_size(op, i, known.evaluate(dim or 0, lambda a: sizes.get(a, 1))) < wanted:
+                while _is_small(op, i, known.evaluate(dim or 0, lambda a: sizes.get(a, 1)), wanted):
                     sizes[axis] += 1 if sizes[axis] < 64 else sizes[axis] // 16
                     if sizes[axis] > 1 << 20:
                         break
     return sizes
+
+
+def _is_small(op: AffineConv | None, axis: int, size: int, wanted: int) -> bool:
+    return size < _least(op, axis) or _output_size(op, axis, size) < wanted
 
 
 def _least(op: AffineConv | None, axis: int) -> int:
@@ -190,10 +198,12 @@ class _Interpreter:
         facts = self.readings.facts
         if node.name in self.inside or node.name in facts.constants or node.name in facts.scalars:
             return True
-        form = self.readings.forms.get(node.name)
-        if form is None:
-            return bool(node.users) and is_bypass(node, self.readings)
-        return set(form.sources) <= (self.sources | self.inside) - {node.name}
+        form, view = self.readings.forms.get(node.name), facts.layouts.get(node.name)
+        if form is None and node.users and is_bypass(node, self.readings):
+            return True
+        read = set() if form is None else set(form.sources)
+        seen = (self.sources | self.inside) - {node.name}
+        return (bool(read) and read <= seen) or (view is not None and view.source.name in seen)
 
     def _run(self, node: Node) -> Any:
         constant = self.readings.facts.constants.get(node.name)

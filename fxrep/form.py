@@ -19,15 +19,19 @@ from fxrep.kernel import Kernel
 
 @dataclass(frozen=True)
 class Anchor:
-    """A computed value, or the channels `rows` of it (None: all of them, in order)."""
+    """A computed value, or the channels `rows` of it (None: all of them, in order).
+
+    Terms on one anchor are one operator. Where they are cheaper apart, `slot` tells them apart.
+    """
 
     source: str
     rows: Ints | None = None
+    slot: int = 0
 
     def narrowed(self, columns: Ints | None) -> Anchor:
         if columns is None:
             return self
-        return Anchor(self.source, columns if self.rows is None else tuple(self.rows[c] for c in columns))
+        return replace(self, rows=columns if self.rows is None else tuple(self.rows[c] for c in columns))
 
 
 @dataclass(frozen=True, eq=False)
@@ -131,8 +135,10 @@ class AffineForm:
             return replace(self, parts=(_take_rows(self.parts[0], rows),), dims=dims_)
         return replace(self, parts=tuple(_take_from_stack(self.parts, rows)), dims=dims_)
 
-    def substitute(self, source: str, definition: AffineForm) -> AffineForm:
-        """self with `definition` in the place of every term on `source`."""
+    def substitute(self, source: str, definition: AffineForm, apart: bool = False) -> AffineForm:
+        """self with `definition` in the place of every term on `source`; if `apart`, added to none of self's terms."""
+        if apart:
+            definition = definition.shifted(1 + max(a.slot for a, _ in self.terms))
         dims = _one_layout(self.dims, definition.dims)
         stacked: list[Part] = []
         aligned = self.aligned and definition.aligned
@@ -145,6 +151,11 @@ class AffineForm:
                     form = form + inner.then(term)
             stacked.extend(form.parts)
         return AffineForm(tuple(stacked), dims, aligned)
+
+    def shifted(self, slots: int) -> AffineForm:
+        """self with its terms in later slots."""
+        parts = (replace(p, terms={replace(a, slot=a.slot + slots): t for a, t in p.terms.items()}) for p in self.parts)
+        return replace(self, parts=tuple(parts))
 
     def _times(self, factor: Kernel) -> AffineForm:
         parts = tuple(
@@ -261,11 +272,11 @@ def _gathered(terms: dict[Anchor, Term], channels: int | None) -> dict[Anchor, T
     """Terms on some channels of a value joined to a dense one on all of them, where there is one."""
     joined = dict(terms)
     for anchor, term in terms.items():
-        whole = joined.get(Anchor(anchor.source))
+        whole = joined.get(replace(anchor, rows=None))
         if anchor.rows is None or not isinstance(whole, AffineConv) or whole.groups > 1 or channels is None:
             continue
         part = _as_operator(term, channels, whole.dims).widened(anchor.rows, whole.in_channels)
-        joined[Anchor(anchor.source)] = affine.add(whole, part)
+        joined[replace(anchor, rows=None)] = affine.add(whole, part)
         del joined[anchor]
     return joined
 
@@ -334,7 +345,9 @@ def _stack_two(p: Part, q: Part, dims: int) -> Part:
     """Two parts, each of one term, as one: rows on the same anchor, or groups on other channels of one source."""
     if len(p.terms) != 1 or len(q.terms) != 1 or p.channels is None or q.channels is None:
         raise Illegal("broadcast", "several anchors cannot be stacked into one operator")
-    ((a, s), (b, t)) = (*p.terms.items(), *q.terms.items())
+    ((a, s), (b, t)) = ((replace(anchor, slot=0), term) for r in (p, q) for anchor, term in r.terms.items())
+    if a == b and s.is_identity and t.is_identity:
+        raise Illegal("broadcast", "a value beside itself is no operator")
     if isinstance(s, Gain) and isinstance(t, Gain) and s.is_identity and t.is_identity and None not in (a.rows, b.rows):
         term: Term = ONE
     else:

@@ -170,29 +170,33 @@ class _State:
             if not open_:
                 return
             anchor = max(open_, key=lambda s: self.order[s])
-            try:
-                inner = self.recipes[anchor].form
-                form = form.substitute(anchor, inner)
-            except Illegal as illegal:
+            inner = self.recipes[anchor].form
+            found = self._substituted(node, form, anchor, inner)
+            if not found:
                 blocked.add(anchor)
-                form = self._rebuild(node, absorbed)
-                self._refuse(node, illegal.code, f"{illegal.reason} ({anchor} stays apart)", illegal.hint)
                 continue
+            form = found[0]
             absorbed.append(anchor)
             frontier |= set(inner.sources)
             gone |= {anchor} if self._read_only_by(anchor, node, gone) else set()
-            try:
-                recipe = self._lower(node, form, check=True)
-            except Illegal as illegal:  # no operator computes this much of the cone; a larger part may be one
-                self._refuse(node, illegal.code, illegal.reason, illegal.hint)
-                continue
-            yield _Candidate(recipe, tuple(absorbed), frozenset(gone), self._seconds(node, recipe), recipe.steps)
+            for each in found:
+                try:
+                    recipe = self._lower(node, each, check=True)
+                except Illegal as illegal:  # no operator computes this much of the cone; a larger part may be one
+                    self._refuse(node, illegal.code, illegal.reason, illegal.hint)
+                    continue
+                yield _Candidate(recipe, tuple(absorbed), frozenset(gone), self._seconds(node, recipe), recipe.steps)
 
-    def _rebuild(self, node: str, absorbed: list[str]) -> AffineForm:
-        form = self.recipes[node].form
-        for anchor in absorbed:
-            form = form.substitute(anchor, self.recipes[anchor].form)
-        return form
+    def _substituted(self, node: str, form: AffineForm, anchor: str, inner: AffineForm) -> list[AffineForm]:
+        """The form with `anchor` inlined: added to its own terms on the same values, and apart from them."""
+        found = []
+        overlaps = not set(inner.sources).isdisjoint(s for s in form.sources if s != anchor)
+        for apart in (False, True) if overlaps else (False,):
+            try:
+                found.append(form.substitute(anchor, inner, apart))
+            except Illegal as illegal:
+                self._refuse(node, illegal.code, f"{illegal.reason} ({anchor} stays apart)", illegal.hint)
+        return found
 
     def _may_absorb(self, anchor: str, node: str, gone: set[str]) -> bool:
         if anchor not in self.recipes or anchor in self.removed:
