@@ -6,7 +6,7 @@ with its own sum; a term is an `AffineConv`, or a `Gain`, the scalar multiple of
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 
@@ -97,10 +97,7 @@ class AffineForm:
         return tuple(dict.fromkeys(a.source for a, _ in self.terms))
 
     def __add__(self, other: AffineForm) -> AffineForm:
-        dims = _one_layout(self.dims, other.dims)
-        left, right = _common_parts(self, other)
-        parts = tuple(_add_parts(p, q) for p, q in zip(left, right, strict=True))
-        return AffineForm(parts, dims, self.aligned and other.aligned)
+        return _sum(self, other, merge)
 
     def then(self, operator: Term) -> AffineForm:
         """operator ∘ self. Raises Illegal where that is not one operator per anchor."""
@@ -135,10 +132,8 @@ class AffineForm:
             return replace(self, parts=(_take_rows(self.parts[0], rows),), dims=dims_)
         return replace(self, parts=tuple(_take_from_stack(self.parts, rows)), dims=dims_)
 
-    def substitute(self, source: str, definition: AffineForm, apart: bool = False) -> AffineForm:
-        """self with `definition` in the place of every term on `source`; if `apart`, added to none of self's terms."""
-        if apart:
-            definition = definition.shifted(1 + max(a.slot for a, _ in self.terms))
+    def substitute(self, source: str, definition: AffineForm, join: Join | None = None) -> AffineForm:
+        """self with `definition` in the place of every term on `source`; `join` says how terms on one value meet."""
         dims = _one_layout(self.dims, definition.dims)
         stacked: list[Part] = []
         aligned = self.aligned and definition.aligned
@@ -148,14 +143,9 @@ class AffineForm:
             for anchor, term in part.terms.items():
                 if anchor.source == source:
                     inner = definition if anchor.rows is None else definition.take(anchor.rows, dims or 0)
-                    form = form + inner.then(term)
+                    form = _sum(form, inner.then(term), join or merge)
             stacked.extend(form.parts)
         return AffineForm(tuple(stacked), dims, aligned)
-
-    def shifted(self, slots: int) -> AffineForm:
-        """self with its terms in later slots."""
-        parts = (replace(p, terms={replace(a, slot=a.slot + slots): t for a, t in p.terms.items()}) for p in self.parts)
-        return replace(self, parts=tuple(parts))
 
     def _times(self, factor: Kernel) -> AffineForm:
         parts = tuple(
@@ -167,6 +157,34 @@ class AffineForm:
             for p in self.parts
         )
         return replace(self, parts=parts)
+
+
+Join = Callable[[dict[Anchor, "Term"], Anchor, "Term"], None]
+
+
+def merge(terms: dict[Anchor, Term], anchor: Anchor, term: Term) -> None:
+    """Adds a term to a sum: terms on one value become one operator. Raises Illegal where they cannot."""
+    anchor = replace(anchor, slot=0)
+    terms[anchor] = _add_terms(terms[anchor], term) if anchor in terms else term
+
+
+def merge_where_legal(terms: dict[Anchor, Term], anchor: Anchor, term: Term) -> None:
+    """Adds a term to a sum: to the first slot in which it and what is there are one operator."""
+    anchor = replace(anchor, slot=0)
+    while anchor in terms:
+        try:
+            terms[anchor] = _add_terms(terms[anchor], term)
+            return
+        except Illegal:
+            anchor = replace(anchor, slot=anchor.slot + 1)
+    terms[anchor] = term
+
+
+def keep_apart(terms: dict[Anchor, Term], anchor: Anchor, term: Term) -> None:
+    """Adds a term to a sum as an operator of its own."""
+    while anchor in terms:
+        anchor = replace(anchor, slot=anchor.slot + 1)
+    terms[anchor] = term
 
 
 def value(source: str, channels: int | None = None) -> AffineForm:
@@ -258,13 +276,20 @@ def _bounds(parts: Sequence[Part]) -> list[int]:
     return bounds
 
 
-def _add_parts(p: Part, q: Part) -> Part:
+def _sum(f: AffineForm, g: AffineForm, join: Join) -> AffineForm:
+    dims = _one_layout(f.dims, g.dims)
+    left, right = _common_parts(f, g)
+    parts = tuple(_add_parts(p, q, join) for p, q in zip(left, right, strict=True))
+    return AffineForm(parts, dims, f.aligned and g.aligned)
+
+
+def _add_parts(p: Part, q: Part, join: Join = merge) -> Part:
     terms = dict(p.terms)
     channels = q.channels if p.channels is None else p.channels
     if p.channels is not None and q.channels not in (None, p.channels):
         raise Illegal("broadcast", f"{p.channels} channels are added to {q.channels}")
     for anchor, term in q.terms.items():
-        _put(terms, anchor, term)
+        join(terms, anchor, term)
     return Part(_gathered(terms, channels), K.total(p.bias, q.bias), channels)
 
 
@@ -287,11 +312,6 @@ def _add_terms(a: Term, b: Term) -> Term:
     operator = a if isinstance(a, AffineConv) else b
     assert isinstance(operator, AffineConv)
     return affine.add(*(_as_operator(t, operator.out_channels, operator.dims) for t in (a, b)))
-
-
-def _put(terms: dict[Anchor, Term], anchor: Anchor, term: Term) -> None:
-    """Adds a term to a sum in which there may be one on its anchor already."""
-    terms[anchor] = _add_terms(terms[anchor], term) if anchor in terms else term
 
 
 def _common_parts(f: AffineForm, g: AffineForm) -> tuple[tuple[Part, ...], tuple[Part, ...]]:
@@ -318,10 +338,10 @@ def _take_rows(part: Part, rows: Ints) -> Part:
     terms: dict[Anchor, Term] = {}
     for anchor, term in part.terms.items():
         if isinstance(term, Gain):
-            _put(terms, anchor.narrowed(rows), term)
+            merge(terms, anchor.narrowed(rows), term)
         else:
             taken, columns = term.take(rows)
-            _put(terms, anchor.narrowed(columns), taken)
+            merge(terms, anchor.narrowed(columns), taken)
     bias = part.bias if part.bias is None or not part.bias.shape else K.take(part.bias, rows)
     return Part(terms, bias, len(rows))
 
@@ -346,9 +366,7 @@ def _stack_two(p: Part, q: Part, dims: int) -> Part:
     if len(p.terms) != 1 or len(q.terms) != 1 or p.channels is None or q.channels is None:
         raise Illegal("broadcast", "several anchors cannot be stacked into one operator")
     ((a, s), (b, t)) = ((replace(anchor, slot=0), term) for r in (p, q) for anchor, term in r.terms.items())
-    if a == b and s.is_identity and t.is_identity:
-        raise Illegal("broadcast", "a value beside itself is no operator")
-    if isinstance(s, Gain) and isinstance(t, Gain) and s.is_identity and t.is_identity and None not in (a.rows, b.rows):
+    if isinstance(s, Gain) and isinstance(t, Gain) and s.is_identity and t.is_identity and a != b:
         term: Term = ONE
     else:
         term = affine.stack(_as_operator(s, p.channels, dims), _as_operator(t, q.channels, dims), same_input=a == b)

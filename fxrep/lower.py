@@ -17,6 +17,7 @@ from fxrep.kernel import Kernel
 from fxrep.shapes import Axis, Dim, Shape, Shapes
 
 DEFAULT_SIZE = 56  # of an axis about which nothing is known; choices inside a region depend on ratios alone
+IMAGE_SIZE = 224  # of the height and width of what is certainly an image
 
 
 @dataclass(frozen=True, eq=False)
@@ -181,7 +182,8 @@ class Sizes:
         rank = self.shapes.ranks.get(axis.root)
         if is_batch or (rank is not None and -axis.index == rank):
             return 1
-        return 224 if rank == 4 else DEFAULT_SIZE
+        is_image = rank == 4 or (rank is None and Axis(axis.root, -3) in self.shapes.sizes)
+        return IMAGE_SIZE if is_image else DEFAULT_SIZE
 
 
 @dataclass(frozen=True)

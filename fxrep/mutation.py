@@ -45,10 +45,9 @@ IDENTITY_MODULES = (
     nn.AlphaDropout,
     nn.FeatureAlphaDropout,
 )
-#: Ops whose result is the operand itself, entry for entry.
+#: Ops whose result is the operand itself, entry for entry. Not "contiguous" or "to", which may copy.
 SAME_ENTRIES: tuple[Any, ...] = (
-    "detach", torch.detach, "contiguous", "to", "type", "float", "half", "double", "bfloat16", "cpu", "cuda", "view_as",
-    "alias", *IDENTITY_MODULES,
+    "detach", torch.detach, "view_as", "alias", *IDENTITY_MODULES,
     torch.nn.functional.dropout, torch.nn.functional.dropout2d, torch.dropout,
 )  # fmt: skip
 #: Modules of torch.nn whose result may share memory with the operand.

@@ -11,7 +11,7 @@ from math import inf
 from fxrep import kernel as K
 from fxrep.cost import Profile, duration
 from fxrep.errors import Illegal, Refusal
-from fxrep.form import AffineForm
+from fxrep.form import AffineForm, Join, keep_apart, merge, merge_where_legal
 from fxrep.lower import Pricer, Recipe, Sizes, lower
 from fxrep.shapes import Shape, Shapes
 
@@ -124,7 +124,20 @@ class _State:
         touched: set[str] = set()
         while (best := self._best(node)) is not None:
             touched |= self._accept(node, best)
-        return {n for n in touched if n in self.recipes and n not in self.removed} - {node}
+        return self._concerned(touched) - {node}
+
+    def _concerned(self, touched: set[str]) -> set[str]:
+        """The nodes to look at again, and those whose cones end with them: through all but convolutions."""
+        concerned: set[str] = set()
+        todo = list(touched)
+        while todo:
+            node = todo.pop()
+            if node not in self.recipes or node in self.removed or node in concerned:
+                continue
+            concerned.add(node)
+            if not self.recipes[node].convolutions:
+                todo.extend(self.readers.get(node, ()))
+        return concerned
 
     def _best(self, node: str) -> _Candidate | None:
         now = self.seconds[node], self.recipes[node].steps
@@ -189,13 +202,17 @@ class _State:
 
     def _substituted(self, node: str, form: AffineForm, anchor: str, inner: AffineForm) -> list[AffineForm]:
         """The form with `anchor` inlined: added to its own terms on the same values, and apart from them."""
+        ways: list[Join] = [merge]
+        if not set(inner.sources).isdisjoint(s for s in form.sources if s != anchor):
+            ways += [keep_apart]
         found = []
-        overlaps = not set(inner.sources).isdisjoint(s for s in form.sources if s != anchor)
-        for apart in (False, True) if overlaps else (False,):
+        for join in ways:
             try:
-                found.append(form.substitute(anchor, inner, apart))
+                found.append(form.substitute(anchor, inner, join))
             except Illegal as illegal:
                 self._refuse(node, illegal.code, f"{illegal.reason} ({anchor} stays apart)", illegal.hint)
+                if join is merge:
+                    ways.insert(1, merge_where_legal)
         return found
 
     def _may_absorb(self, anchor: str, node: str, gone: set[str]) -> bool:
@@ -217,12 +234,12 @@ class _State:
         return True
 
     def _crosses_write(self, anchor: str, node: str) -> bool:
-        """Whether what `anchor` reads may be written between its place and that of `node`."""
+        """Whether `anchor`, or what it reads, may be written between its place and that of `node`."""
         if not self.problem.writes:
             return False
         start, end = self.problem.places[anchor], self.problem.places[node]
-        sources = self.recipes[anchor].form.sources
-        return any(start < write < end for s in sources for write in self.problem.writes.get(s, ()))
+        values = (anchor, *self.recipes[anchor].form.sources)
+        return any(start < write < end for s in values for write in self.problem.writes.get(s, ()))
 
     def _note_held(self, node: str, anchor: str, code: str, reason: str) -> None:
         """A refusal where a merge was in sight: a scale or a batch norm after a convolution that must stay."""

@@ -218,7 +218,7 @@ def layer_names(plan: Plan, nodes: Mapping[str, Node], modules: Mapping[str, nn.
         for emit in decision.recipe.emits:
             numbered = (stem, *(f"{stem}_{i}" for i in range(1, len(taken) + 2)))
             name = next(n for n in numbered if n not in taken and not hasattr(modules.get(scope), n.rpartition(".")[2]))
-            if not (emit.is_pass or emit.is_pad):
+            if emit.anchor.rows is not None or not (emit.is_pass or emit.is_pad):
                 taken.add(name)
             names[id(emit)] = name
     return names

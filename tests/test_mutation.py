@@ -374,3 +374,24 @@ def test_the_callers_modules_stay_in_place_or_not() -> None:
     network = Case("kept", sharing_one_relu).network()
     fxrep.reparameterize(network)
     assert all(m.inplace for m in network.modules() if isinstance(m, nn.ReLU))
+
+
+class Contiguous(nn.Module):
+    """`contiguous()` copies a channels-last tensor, and gives any other one itself: the convolution reads accordingly."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(4, 4, 1)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        doubled = x + x
+        written = doubled.contiguous()
+        written += 1
+        return written, self.conv(doubled)
+
+
+@pytest.mark.parametrize("format", [torch.contiguous_format, torch.channels_last])
+def test_what_may_be_a_copy_is_written_where_it_was(format):
+    network, x = Contiguous(), torch.randn(2, 4, 3, 5).to(memory_format=format)
+    for got, expected in zip(fxrep.reparameterize(network)(x), network(x), strict=True):
+        assert torch.allclose(got, expected, atol=1e-6)

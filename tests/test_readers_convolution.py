@@ -67,7 +67,7 @@ SUMS = [
     Case("dilations 2 4", branches(dilated(5, 2), dilated(3, 4), identity=True), "c1 a0"),
     Case("dilated depthwise", branches(conv(7, groups=4), dilated(3, 3, groups=4), dilated(5, 1, groups=4)), "c1 a0"),
     Case("groups 1 2 4", branches(conv(3), conv(3, groups=2), conv(3, groups=4)), "c1 a0"),
-    Case("groups 4 6", branches(conv(3, 12, 12, groups=4), conv(1, 12, 12, groups=6)), "c1 a0", image(12)),
+    Case("groups 4 6", branches(conv(3, 12, 12, groups=4), conv(3, 12, 12, groups=6)), "c1 a0", image(12)),
     Case("strided", branches(conv(3, stride=2), conv(1, stride=2), conv(5, stride=2)), "c1 a0"),
     Case("strides (1, 2)", branches(conv(3, stride=(1, 2)), conv(1, stride=(1, 2))), "c1 a0"),
     Case("widening", branches(conv(3, out=7), conv(1, out=7)), "c1 a0"),

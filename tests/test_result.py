@@ -360,3 +360,19 @@ def test_a_default_that_was_not_collapsed_for_is_not_taken_in_silence():
     result = fxrep.reparameterize(model)
     with pytest.raises(AssertionError, match="scale"):
         result(X, y=X, scale=3.0)
+
+
+def test_two_orders_of_channels_have_an_index_each():
+    class Reordered(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(3, 3), nn.Linear(4, 4)
+
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            two, one = torch.split(self.a(x).relu(), [2, 1], dim=-1)
+            both = torch.cat((one, two, one), -1)
+            return self.b(both), torch.cat((both, both[:, 2:]), -1)
+
+    network, x = Reordered(), torch.randn(2, 3)
+    for got, expected in zip(fxrep.reparameterize(network, x)(x), network(x), strict=True):
+        assert torch.allclose(got, expected, atol=1e-6)

@@ -173,8 +173,8 @@ class Call:
     def rank(self, argument: Any) -> int:
         shape = self.shape(argument)
         rank = self.shapes.rank(shape)
-        channels_first = len(shape.tail) > 1 and isinstance(shape.tail[0], int)  # padding alone tells only the last axes
-        if rank is None and self.assumes and shape.root is not None and channels_first:
+        has_channels = len(shape.tail) > 1 and isinstance(shape.tail[0], int)  # a pad alone tells only the last axes
+        if rank is None and self.assumes and shape.root is not None and has_channels:
             self.facts.assumed[shape.root] = len(shape.tail) + 1
             return len(shape.tail) + 1
         if rank is None:
