@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -87,8 +87,14 @@ def _draw(decision: Decision, readings: Readings, extra: int, device: torch.devi
     """Random values by name: small maps with a border all around an interior, of no two equal sides."""
     dims = decision.recipe.dims or 0
     known = readings.facts.shapes
+    sources = set(decision.recipe.form.sources)
     terms = [(known.full(known.of[e.anchor.source]), e.operator) for e in decision.recipe.emits]
-    sizes = _axis_sizes(terms, readings, dims, extra)
+    before = [  # one anchor may be computed from another
+        (known.full(known.of[a.source]), term)
+        for form in (readings.forms.get(s) for s in sources) if form is not None and sources.issuperset(form.sources)
+        for a, term in form.terms if isinstance(term, AffineConv) and term.dims == dims
+    ]  # fmt: skip
+    sizes = _axis_sizes(terms, before, readings, dims, extra)
     generator = torch.Generator().manual_seed(SEED + extra)
 
     def draw(name: str) -> Tensor:
@@ -105,21 +111,26 @@ def _draw(decision: Decision, readings: Readings, extra: int, device: torch.devi
 
 
 def _axis_sizes(
-    terms: list[tuple[Shape, AffineConv | None]], readings: Readings, dims: int, extra: int
+    terms: Sequence[tuple[Shape, AffineConv | None]],
+    before: Sequence[tuple[Shape, AffineConv | None]],
+    readings: Readings,
+    dims: int,
+    extra: int,
 ) -> dict[Axis, int]:
     """The smallest sizes of the free axes for which every term has border and interior, and all give one size.
 
+    `before` are operators that are run too, and need maps as large as they are.
     The sides are kept apart, so that a fold which confuses them is seen.
     """
     known = readings.facts.shapes
     sizes: dict[Axis, int] = {}
     for i in range(dims):
         wanted = max(_output_size(op, i, _least(op, i) + extra + i % 2) for _, op in terms)
-        for shape, op in terms:
+        for (shape, op), least in [*((t, wanted) for t in terms), *((t, 1) for t in before)]:
             dim = known.dim(shape, i - dims)
             for axis in free_axes([] if dim is None else [dim]):
                 sizes.setdefault(axis, 1)
-                while _is_small(op, i, known.evaluate(dim or 0, lambda a: sizes.get(a, 1)), wanted):
+                while _is_small(op, i, known.evaluate(dim or 0, lambda a: sizes.get(a, 1)), least):
                     sizes[axis] += 1 if sizes[axis] < 64 else sizes[axis] // 16
                     if sizes[axis] > 1 << 20:
                         break

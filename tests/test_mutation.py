@@ -377,7 +377,7 @@ def test_the_callers_modules_stay_in_place_or_not() -> None:
 
 
 class Contiguous(nn.Module):
-    """`contiguous()` copies a channels-last tensor, and gives any other one itself: the convolution reads accordingly."""
+    """`contiguous()` copies a channels-last tensor, and gives any other itself: the convolution reads accordingly."""
 
     def __init__(self) -> None:
         super().__init__()
