@@ -212,4 +212,4 @@ def test_the_properties_are_about_something(batch: list[Case]):
 def test_the_second_pass_finds_nothing(batch: list[Case]):
     """But where terms on one value are cheaper apart: once layers of their own, one of them may absorb more."""
     found = [bool(collapse((collapse(case), *case[1:])).report.collapses) for case in batch]
-    assert sum(found) <= 0.03 * len(found)
+    assert not any(found)
