@@ -55,7 +55,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         # What the model's own code prints must not end up in the JSON.
         with redirect_stdout(sys.stderr):
-            report = make_report(args.command, load(args.model), args.input)
+            report = make_report(args.command, load(args.model), args.input, args.strict)
     except Unusable as error:
         return complain(error, UNUSABLE)
     except FxrepError as error:
@@ -76,6 +76,7 @@ def make_parser() -> argparse.ArgumentParser:
     shared = argparse.ArgumentParser(add_help=False)
     shared.add_argument("model", metavar="MODEL", help="torchvision:NAME, timm:NAME or path/or.module:callable")
     shared.add_argument("--input", metavar="SHAPE", type=shape, help="an example input's shape, such as 1,3,224,224")
+    shared.add_argument("--strict", action="store_true", help="merge nothing that spreads an inf of the input further")
     shared.add_argument("--json", action="store_true", help="print JSON instead of tables")
     shared.add_argument("--full", action="store_true", help="print every row, fold nothing")
     looks: dict[str, Any] = {"epilog": EPILOG, "formatter_class": argparse.RawDescriptionHelpFormatter}
@@ -98,11 +99,11 @@ def shape(text: str) -> tuple[int, ...]:
     return tuple(map(int, sizes))
 
 
-def make_report(command: str, model: nn.Module, sizes: tuple[int, ...] | None) -> Report:
+def make_report(command: str, model: nn.Module, sizes: tuple[int, ...] | None, strict: bool) -> Report:
     example = None if sizes is None else example_input(model, sizes)
     if command == "explain":
-        return fxrep.explain(model, example)
-    return cast("Report", fxrep.reparameterize(model, example).report)
+        return fxrep.explain(model, example, strict=strict)
+    return cast("Report", fxrep.reparameterize(model, example, strict=strict).report)
 
 
 def example_input(model: nn.Module, sizes: tuple[int, ...]) -> Tensor:

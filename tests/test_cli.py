@@ -30,6 +30,14 @@ class Net(nn.Module):
     def forward(self, x):
         return self.bn(self.conv(x)).relu()
 
+class Cross(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.tall, self.wide = nn.Conv2d(3, 3, (3, 1), padding=(1, 0)), nn.Conv2d(3, 3, (1, 3), padding=(0, 1))
+
+    def forward(self, x):
+        return self.tall(x) + self.wide(x)
+
 def build():
     return Net(8)
 
@@ -118,7 +126,9 @@ def test_a_path_with_folders_loads(nets, capsys, tmp_path: Path, monkeypatch):
 def test_report_rewrites_and_explain_does_not(nets, capsys, monkeypatch):
     called = []
     rewrite = fxrep.reparameterize
-    monkeypatch.setattr(fxrep, "reparameterize", lambda *args: called.append(args) or rewrite(*args))
+    monkeypatch.setattr(
+        fxrep, "reparameterize", lambda *args, **options: called.append(args) or rewrite(*args, **options)
+    )
     assert main(["explain", f"{nets}:Net"]) == OK
     assert not called
     assert main(["report", f"{nets}:Net"]) == OK
@@ -134,6 +144,13 @@ def test_conv_bn_is_seen_to_collapse(nets, capsys, command: str):
     assert len(said["collapses"]) == 1
 
 
+@pytest.mark.parametrize("command", ["report", "explain"])
+def test_strict_is_passed_on(nets, capsys, command: str):
+    for flags, convolutions in (([], 1), (["--strict"], 2)):
+        assert main([command, f"{nets}:Cross", *flags, "--json"]) == OK
+        assert json.loads(capsys.readouterr().out)["after"]["conv"] == convolutions
+
+
 def test_text_is_the_reports_own(nets, capsys):
     assert main(["report", f"{nets}:Net"]) == OK
     assert capsys.readouterr().out.startswith("fxrep: Net\n")
@@ -141,7 +158,7 @@ def test_text_is_the_reports_own(nets, capsys):
 
 def test_full_folds_nothing(nets, capsys, monkeypatch):
     pads = tuple(Refusal(f"conv{i}", "pads-over-bias", "padding=1", "padding=0") for i in range(5))
-    monkeypatch.setattr(fxrep, "explain", lambda *_: Report("Net", (), pads, {}, {}, 1.0, 1.0))
+    monkeypatch.setattr(fxrep, "explain", lambda *_, **__: Report("Net", (), pads, {}, {}, 1.0, 1.0))
     assert main(["explain", f"{nets}:Net"]) == OK
     assert "conv4" not in capsys.readouterr().out
     assert main(["explain", f"{nets}:Net", "--full"]) == OK
@@ -149,7 +166,7 @@ def test_full_folds_nothing(nets, capsys, monkeypatch):
 
 
 def test_an_error_of_fxrep_is_exit_code_one(nets, capsys, monkeypatch):
-    def fail(*_):
+    def fail(*_, **__):
         raise FxrepError("this one is beyond us")
 
     monkeypatch.setattr(fxrep, "reparameterize", fail)
@@ -158,7 +175,7 @@ def test_an_error_of_fxrep_is_exit_code_one(nets, capsys, monkeypatch):
 
 def test_a_failed_certificate_is_reported_and_is_exit_code_one(nets, capsys, monkeypatch):
     refusal = Refusal("stage.conv", "certificate-failed", "differs by 0.3")
-    monkeypatch.setattr(fxrep, "explain", lambda *_: Report("Net", (), (refusal,), {}, {}, 1.0, 1.0))
+    monkeypatch.setattr(fxrep, "explain", lambda *_, **__: Report("Net", (), (refusal,), {}, {}, 1.0, 1.0))
     assert main(["explain", f"{nets}:Net"]) == FAILED
     out, err = capsys.readouterr()
     assert "[certificate-failed]" in out
