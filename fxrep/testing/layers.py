@@ -118,7 +118,8 @@ def conv(at: At) -> Value:
         _tie(at, layer)
     plain = spelling == "module" and not at.functional
     call = layer.call() if plain else layer.functional_call(spelling == "computed")
-    return _apply(at, x, Layer(call, "map", x.channels, outputs, geometry.resize))
+    mirrors = 0 if mode == "zeros" else max(geometry.lo + geometry.hi)
+    return _apply(at, x, Layer(call, "map", x.channels, outputs, geometry.resize, mirrors))
 
 
 def _groups(x: Value, outputs: int, wanted: int) -> int:
@@ -229,8 +230,7 @@ def bn(at: At) -> Value:
 def reuse(at: At) -> Value:
     """A layer called once more, if one fits."""
     x, index = at.x, at.pick(*range(8))
-    fitting = [m for m in at.writer.layers if (m.layout, m.channels) == (x.layout, x.channels)]
-    fitting = [m for m in fitting if possible(m.resize(x.sizes))]
+    fitting = [m for m in at.writer.layers if m.takes(x)]
     return _call(at, x, fitting[index % len(fitting)]) if fitting else x
 
 

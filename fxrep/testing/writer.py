@@ -61,13 +61,24 @@ class Value:
 
 @dataclass(frozen=True)
 class Layer:
-    """A layer that may be called again: the call as a template, what it takes, and the sizes that it gives."""
+    """A layer that may be called again: the call as a template, what it takes, and the sizes that it gives.
+
+    Every side of its input is larger than `mirrors`, the most pixels that it reflects.
+    """
 
     call: str
     layout: str
     channels: int
     outputs: int
     resize: Callable[[Sizes], Sizes]
+    mirrors: int = 0
+
+    def takes(self, value: Value) -> bool:
+        return (
+            (self.layout, self.channels) == (value.layout, value.channels)
+            and possible(self.resize(value.sizes))
+            and self.mirrors < min((n for axis in value.sizes for n in axis), default=1)
+        )
 
 
 @dataclass
