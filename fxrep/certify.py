@@ -63,10 +63,7 @@ def _difference(decision: Decision, folded: Mapping[int, Folded], interpreter: _
 
 
 def _failed(decision: Decision, fact: str) -> Refusal:
-    return Refusal(
-        decision.node, "certificate-failed", f"the fold into {decision.recipe.describe()} {fact}",
-        "this is a bug in fxrep or in a reader; the model was left as it is here",
-    )  # fmt: skip
+    return Refusal(decision.node, "certificate-failed", f"the fold into {decision.recipe.describe()} {fact}")
 
 
 def _spread(anchors: Mapping[str, Tensor]) -> float:

@@ -125,7 +125,6 @@ def _check_padded_axis(outer: AffineConv, inner: AffineConv, axis: int) -> None:
         raise Illegal(
             "pads-over-taps",
             f"padding={max(lo, hi)} inserts a constant where {inner.describe()} has taps inside its input",
-            "pad once, before the first of the two, and none at the second",
         )
 
 
@@ -142,5 +141,4 @@ def check_outside(outer: AffineConv, outside: Kernel | None) -> None:
         "pads-over-bias",
         f"padding={max(outer.pad_lo + outer.pad_hi)} inserts {'0' if outer.fill is None else 'its own value'} "
         f"where the map before it is up to {bound:.2g}, so the border would differ",
-        "pad with the bias value before it, or padding=0",
     )

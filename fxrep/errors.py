@@ -42,6 +42,37 @@ CODES: dict[str, str] = {
 }
 
 
+#: What lets it through, where the reason at hand knows nothing better.
+HINTS: dict[str, str] = {
+    "batch-statistics": "track_running_stats=True, and eval()",
+    "broadcast": "give both operands one size",
+    "certificate-failed": "this is a bug in fxrep or in a reader; the model was left as it is here",
+    "costs-more": "example_inputs, or the profile of the device it will run on, sharpen the prediction",
+    "device-mismatch": "move the model to one device first",
+    "dtype-unknown": "give all parameters one dtype",
+    "dynamic-padding": "write the padding as a number",
+    "hooked": "remove the hook before deployment",
+    "layout": "transpose in the model, so that both act on one axis",
+    "metadata": "read the size from the network's input",
+    "mutation": "assign to a new name instead of writing in place",
+    "net-pad": "pad every branch by half its kernel",
+    "non-finite": "strict=False, if no input holds inf or nan",
+    "not-traceable": "it runs as it is; a forward that does not branch on values can be traced",
+    "pad-value": "pad with the value of the bias, or not at all",
+    "padding-mode": "use one padding mode in the region",
+    "pads-over-bias": "pad with the bias value before it, or padding=0",
+    "pads-over-taps": "pad once, before the first of the two, and none at the second",
+    "pool-border": "count_include_pad=True, ceil_mode=False",
+    "random": "training=self.training, so that eval() turns it off",
+    "rank-unknown": "pass example_inputs",
+    "reader-failed": "this is a bug in the reader; the op was left as it is",
+    "shape-unknown": "write the sizes as numbers, or read them from x.shape",
+    "shared": "nothing to mend: every reader would need a copy of the layer",
+    "stride": "give the branches one stride",
+    "transposed": "only pointwise operators merge with a transposed convolution",
+    "unsupported-options": "leave the option out, or register a reader of your own",
+}
+
 #: What is true of every activation is told nobody: only ops that could have been merged are in a report.
 UNTOLD = frozenset({"not-affine"})
 
@@ -62,7 +93,7 @@ class Illegal(Exception):
 
 @dataclass(frozen=True)
 class Refusal:
-    """One opportunity declined: at which node, by which rule, why, and what would let it through."""
+    """One opportunity declined: at which node, by which rule, why, and what lets it through (if empty: of `HINTS`)."""
 
     node: str
     code: str
@@ -71,6 +102,7 @@ class Refusal:
 
     def __post_init__(self) -> None:
         _check_code(self.code)
+        object.__setattr__(self, "hint", self.hint or HINTS.get(self.code, ""))
 
     def __str__(self) -> str:
         return f"{self.node}: refused [{self.code}] {self.reason}" + (f" Hint: {self.hint}" if self.hint else "")

@@ -284,7 +284,7 @@ class _State:
             self._check_rows(self.problem.shapes.of[node], recipe)
         if strict and has_zeros(recipe):
             fact = f"{recipe.describe()} would have zeros where the branches do not read: with them inf becomes nan"
-            raise Illegal("non-finite", fact, "strict=False, if no input holds inf or nan")
+            raise Illegal("non-finite", fact)
         return recipe
 
     def _check_rows(self, out: Shape, recipe: Recipe) -> None:

@@ -19,7 +19,7 @@ from torch import Tensor, fx, nn
 
 import fxrep
 from fxrep import kernel as K
-from fxrep.errors import CODES, UNTOLD
+from fxrep.errors import CODES, HINTS, UNTOLD
 from fxrep.readers import Call, read_graph, registry
 
 DOCS = Path(__file__).parents[1] / "docs" / "refusals.md"
@@ -346,6 +346,7 @@ WITNESSES: dict[str, Witness] = {
 
 def test_every_code_has_a_witness_and_its_docs():
     assert set(WITNESSES) == set(CODES)
+    assert set(HINTS) == set(CODES) - UNTOLD
     rows = dict(re.findall(r"^\| `([a-z-]+)` \| ([^|]+) \|", DOCS.read_text(), re.MULTILINE))
     assert set(rows) == set(CODES)
     assert list(rows) == sorted(rows), "in the order of the alphabet"
@@ -381,6 +382,7 @@ def test_the_report_gives_the_code(witness: tuple[str, Witness, nn.Module, Tenso
     for refusal in refusals:
         assert refusal.node
         assert len(refusal.reason.split()) >= 3
+        assert refusal.hint
         assert f"refused [{code}]" in str(refusal)
 
 

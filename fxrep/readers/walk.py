@@ -84,7 +84,7 @@ def _read_node(node: Node, facts: Facts) -> AffineForm | Refusal | None:
         return None
     call.assumes = True
     if node.op == "call_module" and is_hooked(facts.modules[str(node.target)]):
-        return Refusal(node.name, "hooked", "a forward hook looks at it", "remove the hook before deployment")
+        return Refusal(node.name, "hooked", "a forward hook looks at it")
     result = _attempt(read, arguments, node)
     if isinstance(result, AffineForm):
         facts.shapes.of[node.name] = call.out_shape or _shape_of_form(result, facts)
@@ -98,7 +98,7 @@ def _attempt(read: Callable[..., Any], arguments: tuple[Any, ...], node: Node) -
         return Refusal(node.name, illegal.code, illegal.reason, illegal.hint)
     except Exception as error:  # a reader may be the user's own; one that fails takes nothing else down
         fact = f"{read.__name__} raised {type(error).__name__}: {error}"
-        return Refusal(node.name, "reader-failed", fact, "this is a bug in the reader; the op was left as it is")
+        return Refusal(node.name, "reader-failed", fact)
 
 
 def _shape_by_rule(call: Call) -> Shape | None:
