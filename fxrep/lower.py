@@ -89,13 +89,17 @@ def _describe(emit: Emit) -> str:
 
 
 def lower(form: AffineForm, price: Callable[[Recipe], float]) -> Recipe:
-    """The cheaper of the parts apart and the parts stacked. Raises Illegal for a form that no operator computes."""
+    """The cheaper of the parts apart and the parts stacked, but no layer where there is none.
+
+    Raises Illegal for a form that no operator computes.
+    """
     apart = _recipe(form)
     stacked = forms.merged(form) if len(form.parts) > 1 else None
     if stacked is None:
         return apart
     together = _recipe(stacked)
-    return together if price(together) <= price(apart) else apart
+    grows = together.convolutions > apart.convolutions
+    return together if not grows and price(together) <= price(apart) else apart
 
 
 def _recipe(form: AffineForm) -> Recipe:
