@@ -122,20 +122,22 @@ def _axis_sizes(
     known = readings.facts.shapes
     sizes: dict[Axis, int] = {}
     for i in range(dims):
-        wanted = max(_output_size(op, i, _least(op, i) + extra + i % 2) for _, op in terms)
-        for (shape, op), least in [*((t, wanted) for t in terms), *((t, 1) for t in before)]:
+        least: dict[Dim | None, int] = {}
+        for shape, op in (*terms, *before):
             dim = known.dim(shape, i - dims)
+            least[dim] = max(least.get(dim, 1), _least(op, i))
+        read = [(known.dim(shape, i - dims), op) for shape, op in terms]
+        wanted = max(_output_size(op, i, least[dim] + extra + i % 2) for dim, op in read)
+        for dim, op in read:
             for axis in free_axes([] if dim is None else [dim]):
                 sizes.setdefault(axis, 1)
-                while _is_small(op, i, known.evaluate(dim or 0, lambda a: sizes.get(a, 1)), least):
+                while (size := known.evaluate(dim or 0, lambda a: sizes.get(a, 1))) < least[dim] or (
+                    _output_size(op, i, size) < wanted
+                ):
                     sizes[axis] += 1 if sizes[axis] < 64 else sizes[axis] // 16
                     if sizes[axis] > 1 << 20:
                         break
     return sizes
-
-
-def _is_small(op: AffineConv | None, axis: int, size: int, wanted: int) -> bool:
-    return size < _least(op, axis) or _output_size(op, axis, size) < wanted
 
 
 def _least(op: AffineConv | None, axis: int) -> int:
