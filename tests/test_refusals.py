@@ -15,6 +15,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from helpers import randomise
+from reader_cases import Net
 from torch import Tensor, fx, nn
 
 import fxrep
@@ -24,17 +25,6 @@ from fxrep.readers import Call, read_graph, registry
 
 DOCS = Path(__file__).parents[1] / "docs" / "refusals.md"
 Function = Callable[..., Tensor]
-
-
-class Net(nn.Module):
-    def __init__(self, forward: Callable[..., Any], **modules: nn.Module) -> None:
-        super().__init__()
-        self.body = forward
-        for name, module in modules.items():
-            self.add_module(name, module)
-
-    def forward(self, x: Tensor) -> Any:
-        return self.body(self, x)
 
 
 @dataclass(frozen=True)

@@ -10,22 +10,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from helpers import randomise
+from reader_cases import Net
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 from torchvision.ops import FrozenBatchNorm2d
 
 import fxrep
-
-
-class Net(nn.Module):
-    def __init__(self, body: Callable[..., Any], **modules: nn.Module) -> None:
-        super().__init__()
-        self.body = body
-        for name, module in modules.items():
-            self.add_module(name, module)
-
-    def forward(self, x: Tensor) -> Any:
-        return self.body(self, x)
 
 
 class OfTwo(Net):
