@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 import torch
 import torch.nn.functional as F
@@ -38,13 +38,11 @@ FUNCTIONS: dict[str, frozenset[object]] = {
 KINDS = ("conv", "linear", "bn", "add", "mul", "pool")
 
 
-def census(
-    graph: Graph, modules: Mapping[str, nn.Module], numbers: Mapping[str, object] | None = None
-) -> dict[str, int]:
+def census(graph: Graph, modules: Mapping[str, nn.Module], numbers: Collection[str] = ()) -> dict[str, int]:
     """Calls by kind; `numbers` names nodes that compute sizes, whose additions are none of the network's."""
     counts = dict.fromkeys(KINDS, 0)
     for node in graph.nodes:
-        if node.name not in (numbers or {}):
+        if node.name not in numbers:
             for kind in _kinds(node, modules):
                 counts[kind] += 1
     return counts

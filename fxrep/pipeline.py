@@ -60,7 +60,8 @@ class Pipeline:
             folded |= {id(f.emit): f for f in (ledger.settle(decision, cast) if ledger else cast)}
         rewriter = Rewriter(self.graph, plan, self.readings, self.modules, folded)
         collapsed = rewriter.write(self.name)
-        after = census(collapsed.graph, dict(collapsed.named_modules()), self.readings.facts.scalars)
+        sizes = {*self.readings.facts.scalars, *rewriter.numbers}
+        after = census(collapsed.graph, dict(collapsed.named_modules()), sizes)
         return collapsed, self._report(plan, refused, after)
 
     def _ledger(self) -> Ledger:

@@ -38,6 +38,8 @@ class Rewriter:
     env: dict[Node, Any] = field(default_factory=dict)
     ours: set[Node] = field(default_factory=set)
     droppable: list[Node] = field(default_factory=list)
+    #: the new nodes that compute sizes
+    numbers: set[str] = field(default_factory=set)
 
     def write(self, class_name: str) -> GraphModule:
         """The collapsed module, over the modules and tensors that are still called."""
@@ -186,7 +188,13 @@ class Rewriter:
         source = node.args[0]
         assert isinstance(source, Node)
         carrier = next(s for s in _carriers(source, self.readings, self.env) if s in self.env)
-        return self.new.node_copy(node, lambda n: self.env[carrier] if n is source else self.env[n])
+        return self._number(self.new.node_copy(node, lambda n: self.env[carrier] if n is source else self.env[n]))
+
+    def _number(self, node: Node) -> Node:
+        """A size, which nobody may ask for after all: then it goes again."""
+        self.droppable.append(node)
+        self.numbers.add(node.name)
+        return node
 
     def _size(self, dim: Dim) -> Any:
         if isinstance(dim, int):
@@ -194,12 +202,14 @@ class Rewriter:
         if isinstance(dim.base, Product):
             value: Any = 1
             for factor in dim.base.sizes:
-                value = self.new.call_function(operator.mul, (value, self._size(factor)))
+                value = self._number(self.new.call_function(operator.mul, (value, self._size(factor))))
         else:
-            value = self.new.call_method("size", (self.env[self.nodes[dim.base.root]], dim.base.index))
+            value = self._number(self.new.call_method("size", (self.env[self.nodes[dim.base.root]], dim.base.index)))
         if dim.add:
-            value = self.new.call_function(operator.add, (value, dim.add))
-        return value if dim.divide == 1 else self.new.call_function(operator.floordiv, (value, dim.divide))
+            value = self._number(self.new.call_function(operator.add, (value, dim.add)))
+        if dim.divide != 1:
+            value = self._number(self.new.call_function(operator.floordiv, (value, dim.divide)))
+        return value
 
     def _attribute(self, target: str) -> Any:
         if target in self.modules:
