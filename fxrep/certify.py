@@ -221,7 +221,7 @@ class _Interpreter:
             known = constant.tensor if isinstance(constant, K.Leaf) else None
             if known is not None and not known.is_floating_point():
                 return known
-            return K.evaluate(constant, lambda leaf: self.doubles.of(leaf.tensor))
+            return K.evaluate(constant, self.doubles)
         args, kwargs = torch.fx.map_arg((node.args, dict(node.kwargs)), lambda n: self.values[n.name])
         if node.op == "call_module":
             return self._call(self.readings.facts.modules[str(node.target)], args, kwargs)

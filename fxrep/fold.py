@@ -72,9 +72,8 @@ def fold(emit: Emit, doubles: K.Doubles, default: Like | None = None) -> Folded:
 
 def _own(kernel: K.Kernel, doubles: K.Doubles) -> Tensor:
     """The numbers of the kernel: a copy where they are only another view of a parameter."""
-    leaves = [doubles.of(leaf.tensor) for leaf in K.leaves(kernel)]
-    value = K.evaluate(kernel, lambda leaf: doubles.of(leaf.tensor))
-    storages = {leaf.untyped_storage().data_ptr() for leaf in leaves}
+    value = K.evaluate(kernel, doubles)
+    storages = {doubles(leaf).untyped_storage().data_ptr() for leaf in K.leaves(kernel)}
     return value.clone() if value.untyped_storage().data_ptr() in storages else value
 
 

@@ -280,10 +280,13 @@ def in_float64(leaf: Leaf) -> Tensor:
 
 
 class Doubles:
-    """Tensors detached and in float64, each converted once; forget it as soon as its region is done."""
+    """Leaf values as `in_float64` gives them, each tensor converted once; forget it as soon as its region is done."""
 
     def __init__(self) -> None:
         self._of: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def __call__(self, leaf: Leaf) -> Tensor:
+        return self.of(leaf.tensor)
 
     def of(self, tensor: Tensor) -> Tensor:
         if id(tensor) not in self._of:

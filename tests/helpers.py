@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
+from hypothesis import HealthCheck, Phase, given, seed, settings
+from hypothesis.strategies import SearchStrategy
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+
+Example = TypeVar("Example")
 
 
 def randomise(model: nn.Module, seed: int = 0) -> nn.Module:
@@ -28,6 +32,20 @@ def _randomise_batchnorm(bn: _BatchNorm, generator: torch.Generator) -> None:
     if bn.affine:
         bn.weight.data.uniform_(0.5, 1.5, generator=generator)
         bn.bias.data.normal_(0, 0.3, generator=generator)
+
+
+def drawn(strategy: SearchStrategy[Example], number: int, by_seed: int) -> list[Example]:
+    """A fixed batch of what a strategy draws."""
+    batch: list[Example] = []
+
+    @seed(by_seed)
+    @settings(max_examples=number, database=None, phases=[Phase.generate], suppress_health_check=list(HealthCheck))
+    @given(strategy)
+    def collect(example: Example) -> None:
+        batch.append(example)
+
+    collect()
+    return batch
 
 
 def relative_error(got: Tensor, expected: Tensor) -> float:

@@ -11,7 +11,8 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import HealthCheck, Phase, event, given, seed, settings
+from helpers import drawn
+from hypothesis import event, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
@@ -184,16 +185,7 @@ def test_modules_and_functions_collapse_alike(case: Case):
 @pytest.fixture(scope="module")
 def batch() -> list[Case]:
     """A fixed batch of cases."""
-    drawn: list[Case] = []
-
-    @seed(1)
-    @settings(max_examples=150, database=None, phases=[Phase.generate], suppress_health_check=list(HealthCheck))
-    @given(cases())
-    def collect(case: Case) -> None:
-        drawn.append(case)
-
-    collect()
-    return drawn
+    return drawn(cases(), number=150, by_seed=1)
 
 
 def test_the_properties_are_about_something(batch: list[Case]):

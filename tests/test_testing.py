@@ -10,7 +10,8 @@ from dataclasses import replace
 
 import pytest
 import torch
-from hypothesis import HealthCheck, Phase, given, seed, settings
+from helpers import drawn
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, fx, nn
 
@@ -137,16 +138,7 @@ def test_hypothesis_is_asked_for_by_its_command():
 @pytest.fixture(scope="module")
 def batch() -> list[Network]:
     """A fixed batch of what `networks()` draws."""
-    drawn: list[Network] = []
-
-    @seed(0)
-    @settings(max_examples=500, database=None, phases=[Phase.generate], suppress_health_check=list(HealthCheck))
-    @given(networks())
-    def collect(network: Network) -> None:
-        drawn.append(network)
-
-    collect()
-    return drawn
+    return drawn(networks(), number=500, by_seed=0)
 
 
 def test_every_op_and_every_kind_of_input_is_drawn(batch: list[Network]):
