@@ -1,36 +1,25 @@
-"""`fxrep report|explain MODEL`: arguments in, calls, exit codes out.
-
-Nothing heavy is imported before the arguments are parsed.
-"""
+"""MODEL on the command line: torchvision:NAME, timm:NAME, FILE.py:CALLABLE or MODULE:CALLABLE → a module."""
 
 from __future__ import annotations
 
-import argparse
-import difflib
 import importlib
 import importlib.util
 import inspect
 import os
 import sys
 import traceback
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import redirect_stdout
+from collections.abc import Callable, Iterable
 from operator import attrgetter
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
-import fxrep
-from fxrep.errors import FxrepError
+from fxrep.cli.common import Unusable, did_you_mean, summary
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-    from fxrep.report import Report
-
-OK, FAILED, UNUSABLE = 0, 1, 2
-
-EPILOG = """\
+MODEL_HELP = """\
 MODEL is one of
   torchvision:NAME     a model of torchvision.models, such as torchvision:resnet50
   timm:NAME            a model of timm, such as timm:repvgg_a0
@@ -38,86 +27,7 @@ MODEL is one of
   MODULE:CALLABLE      from an importable module, such as mypackage.nets:build
 CALLABLE is an nn.Module class or a function that gives a module, callable without arguments, or a module.
 Weights are random: nothing is downloaded.
-
-exit codes
-  0  the report was printed
-  1  the model was loaded, but fxrep failed on it, or a collapse failed its certificate and was left out
-  2  bad usage, or the model cannot be loaded or does not run on --input
 """
-
-
-class Unusable(Exception):
-    """What the user named cannot be used: one sentence with the fact and the way out."""
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    args = make_parser().parse_args(argv)
-    try:
-        # What the model's own code prints must not end up in the JSON.
-        with redirect_stdout(sys.stderr):
-            report = make_report(args.command, load(args.model), args.input, args.strict)
-    except Unusable as error:
-        return complain(error, UNUSABLE)
-    except FxrepError as error:
-        return complain(error, FAILED)
-    print(report.to_json(indent=2) if args.json else report.text(full=args.full))
-    broken = [refusal.node for refusal in report.refusals if refusal.code == "certificate-failed"]
-    if broken:
-        return complain(f"a collapse was not equal and was left out, at {', '.join(broken)}: please report it", FAILED)
-    return OK
-
-
-def complain(error: object, code: int) -> int:
-    print(f"fxrep: {error}", file=sys.stderr)
-    return code
-
-
-def make_parser() -> argparse.ArgumentParser:
-    shared = argparse.ArgumentParser(add_help=False)
-    shared.add_argument("model", metavar="MODEL", help="torchvision:NAME, timm:NAME or path/or.module:callable")
-    shared.add_argument("--input", metavar="SHAPE", type=shape, help="an example input's shape, such as 1,3,224,224")
-    shared.add_argument("--strict", action="store_true", help="merge nothing that spreads an inf of the input further")
-    shared.add_argument("--json", action="store_true", help="print JSON instead of tables")
-    shared.add_argument("--full", action="store_true", help="print every row, fold nothing")
-    looks: dict[str, Any] = {"epilog": EPILOG, "formatter_class": argparse.RawDescriptionHelpFormatter}
-    parser = argparse.ArgumentParser("fxrep", description="Collapse a network to the convolutions it equals.", **looks)
-    parser.add_argument("--version", action="version", version=f"fxrep {fxrep.__version__}")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="{report,explain}")
-    for name, does in (
-        ("report", "Collapse MODEL and report it."),
-        ("explain", "Say what would collapse, and why not."),
-    ):
-        commands.add_parser(name, parents=[shared], help=does, description=does, **looks)
-    return parser
-
-
-def shape(text: str) -> tuple[int, ...]:
-    """`1,3,224,224` -> (1, 3, 224, 224)."""
-    sizes = text.replace(" ", "").split(",")
-    if not all(size.isdecimal() and int(size) > 0 for size in sizes):
-        raise argparse.ArgumentTypeError(f"{text!r} is no shape: give positive sizes with commas, such as 1,3,224,224")
-    return tuple(map(int, sizes))
-
-
-def make_report(command: str, model: nn.Module, sizes: tuple[int, ...] | None, strict: bool) -> Report:
-    example = None if sizes is None else example_input(model, sizes)
-    if command == "explain":
-        return fxrep.explain(model, example, strict=strict)
-    return cast("Report", fxrep.reparameterize(model, example, strict=strict).report)
-
-
-def example_input(model: nn.Module, sizes: tuple[int, ...]) -> Tensor:
-    """A random tensor that the model is seen to accept."""
-    import torch
-
-    example = torch.randn(sizes, generator=torch.Generator().manual_seed(0))
-    try:
-        with torch.no_grad():
-            model.eval()(example)
-    except Exception as error:
-        text = ",".join(map(str, sizes))
-        raise Unusable(f"the model does not run on --input {text}: {summary(error)}; give a shape that fits") from error
-    return example
 
 
 def load(model: str) -> nn.Module:
@@ -239,11 +149,15 @@ def build(function: Callable[..., Any], model: str) -> Any:
         raise Unusable(f"building {model} failed: {summary(error)}; mend what it calls, or name another") from error
 
 
-def summary(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
+def example_input(model: nn.Module, sizes: tuple[int, ...]) -> Tensor:
+    """A random tensor that the model is seen to accept."""
+    import torch
 
-
-def did_you_mean(name: str, known: Iterable[str]) -> str:
-    close = difflib.get_close_matches(name, list(known), n=3)
-    return f": did you mean {' or '.join(close)}?" if close else ""
+    example = torch.randn(sizes, generator=torch.Generator().manual_seed(0))
+    try:
+        with torch.no_grad():
+            model.eval()(example)
+    except Exception as error:
+        text = ",".join(map(str, sizes))
+        raise Unusable(f"the model does not run on --input {text}: {summary(error)}; give a shape that fits") from error
+    return example

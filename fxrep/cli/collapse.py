@@ -1,0 +1,59 @@
+"""`fxrep report MODEL` and `fxrep explain MODEL`."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from contextlib import redirect_stdout
+from typing import TYPE_CHECKING, Any, cast
+
+import fxrep
+from fxrep.cli.common import FAILED, OK, complain, shape
+from fxrep.cli.models import MODEL_HELP, example_input, load
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from fxrep.report import Report
+
+EPILOG = f"""\
+{MODEL_HELP}
+exit codes
+  0  the report was printed
+  1  the model was loaded, but fxrep failed on it, or a collapse failed its certificate and was left out
+  2  bad usage, or the model cannot be loaded or does not run on --input
+"""
+COMMANDS = {"report": "Collapse MODEL and report it.", "explain": "Say what would collapse, and why not."}
+
+
+def add(commands: Any) -> None:
+    for name, does in COMMANDS.items():
+        looks: dict[str, Any] = {"epilog": EPILOG, "formatter_class": argparse.RawDescriptionHelpFormatter}
+        parser = commands.add_parser(name, help=does, description=does, **looks)
+        parser.add_argument("model", metavar="MODEL", help="torchvision:NAME, timm:NAME or path/or.module:callable")
+        parser.add_argument(
+            "--input", metavar="SHAPE", type=shape, help="an example input's shape, such as 1,3,224,224"
+        )
+        parser.add_argument(
+            "--strict", action="store_true", help="merge nothing that spreads an inf of the input further"
+        )
+        parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
+        parser.add_argument("--full", action="store_true", help="print every row, fold nothing")
+        parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    with redirect_stdout(sys.stderr):  # what the model's own code prints must not end up in the JSON
+        report = make_report(args.command, load(args.model), args.input, args.strict)
+    print(report.to_json(indent=2) if args.json else report.text(full=args.full))
+    broken = [refusal.node for refusal in report.refusals if refusal.code == "certificate-failed"]
+    if broken:
+        return complain(f"a collapse was not equal and was left out, at {', '.join(broken)}: please report it", FAILED)
+    return OK
+
+
+def make_report(command: str, model: nn.Module, sizes: tuple[int, ...] | None, strict: bool) -> Report:
+    example = None if sizes is None else example_input(model, sizes)
+    if command == "explain":
+        return fxrep.explain(model, example, strict=strict)
+    return cast("Report", fxrep.reparameterize(model, example, strict=strict).report)

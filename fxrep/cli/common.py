@@ -1,0 +1,37 @@
+"""What every command shares: exit codes, and how it says what it cannot use."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import sys
+from collections.abc import Iterable
+
+OK, FAILED, UNUSABLE = 0, 1, 2
+
+
+class Unusable(Exception):
+    """What the user named cannot be used: one sentence with the fact and the way out."""
+
+
+def complain(error: object, code: int) -> int:
+    print(f"fxrep: {error}", file=sys.stderr)
+    return code
+
+
+def shape(text: str) -> tuple[int, ...]:
+    """`1,3,224,224` -> (1, 3, 224, 224)."""
+    sizes = text.replace(" ", "").split(",")
+    if not all(size.isdecimal() and int(size) > 0 for size in sizes):
+        raise argparse.ArgumentTypeError(f"{text!r} is no shape: give positive sizes with commas, such as 1,3,224,224")
+    return tuple(map(int, sizes))
+
+
+def summary(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    close = difflib.get_close_matches(name, list(known), n=3)
+    return f": did you mean {' or '.join(close)}?" if close else ""
