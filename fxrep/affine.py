@@ -13,6 +13,7 @@ import torch
 
 from fxrep import kernel as K
 from fxrep.errors import Illegal
+from fxrep.evaluation import evaluate
 from fxrep.kernel import Kernel
 
 Ints = tuple[int, ...]
@@ -216,7 +217,7 @@ def same_vector(a: Kernel | None, b: Kernel | None, length: int) -> bool:
     if a is b:
         return True
     zeros = torch.zeros(length, dtype=torch.float64)
-    values = [zeros if v is None else K.evaluate(K.spread(v, length)).cpu() for v in (a, b)]
+    values = [zeros if v is None else evaluate(K.spread(v, length)).cpu() for v in (a, b)]
     return torch.allclose(values[0], values[1], rtol=1e-9, atol=1e-12)
 
 

@@ -14,8 +14,9 @@ from fxrep import kernel as K
 from fxrep.affine import AffineConv
 from fxrep.depthwise import ByTaps
 from fxrep.errors import Refusal
+from fxrep.evaluation import Doubles, evaluate
 from fxrep.fold import Folded, run
-from fxrep.form import Anchor
+from fxrep.parts import Anchor
 from fxrep.plan import Decision
 from fxrep.readers import Readings, is_bypass
 from fxrep.shapes import Axis, Dim, Shape, free_axes
@@ -29,7 +30,7 @@ def certify(
     folded: Mapping[int, Folded],
     nodes: Mapping[str, Node],
     readings: Readings,
-    doubles: K.Doubles,
+    doubles: Doubles,
 ) -> Refusal | None:
     """None if the fold gives what its sub-graph gives, on random data with border pixels, at two sizes."""
     if _device(folded).type == "meta":
@@ -178,7 +179,7 @@ def _concrete(
 class _Interpreter:
     """Runs the nodes that a decision replaces, on demand, in float64, on random values of what they are made from."""
 
-    def __init__(self, decision: Decision, nodes: Mapping[str, Node], readings: Readings, doubles: K.Doubles) -> None:
+    def __init__(self, decision: Decision, nodes: Mapping[str, Node], readings: Readings, doubles: Doubles) -> None:
         self.nodes, self.readings, self.doubles = nodes, readings, doubles
         self.inside = {decision.node, *decision.inlined}
         self.sources = set(decision.recipe.form.sources)
@@ -221,7 +222,7 @@ class _Interpreter:
             known = constant.tensor if isinstance(constant, K.Leaf) else None
             if known is not None and not known.is_floating_point():
                 return known
-            return K.evaluate(constant, self.doubles)
+            return evaluate(constant, self.doubles)
         args, kwargs = torch.fx.map_arg((node.args, dict(node.kwargs)), lambda n: self.values[n.name])
         if node.op == "call_module":
             return self._call(self.readings.facts.modules[str(node.target)], args, kwargs)

@@ -8,6 +8,7 @@ from math import gcd
 from fxrep import kernel as K
 from fxrep.affine import AffineConv, diagonal_of, same_vector
 from fxrep.errors import Illegal
+from fxrep.evaluation import evaluate
 from fxrep.kernel import Kernel
 
 
@@ -136,7 +137,7 @@ def check_outside(outer: AffineConv, outside: Kernel | None) -> None:
         )
     if not outer.pads or outer.mode != "zeros" or same_vector(outer.fill, outside, outer.in_channels):
         return
-    bound = 0.0 if outside is None else float(K.evaluate(outside).abs().max())
+    bound = 0.0 if outside is None else float(evaluate(outside).abs().max())
     raise Illegal(
         "pads-over-bias",
         f"padding={max(outer.pad_lo + outer.pad_hi)} inserts {'0' if outer.fill is None else 'its own value'} "

@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from fxrep import kernel as K
 from fxrep.affine import AffineConv
 from fxrep.errors import Illegal
-from fxrep.form import Anchor
+from fxrep.evaluation import Doubles, evaluate
 from fxrep.lower import Emit, Recipe, needs_explicit_pad
+from fxrep.parts import Anchor
 
 CONV_LAYERS: dict[tuple[int, bool], type[nn.Module]] = {
     (1, False): nn.Conv1d, (2, False): nn.Conv2d, (3, False): nn.Conv3d,
@@ -52,7 +53,7 @@ class Folded:
         return replace(self, weight=weight, bias=bias)
 
 
-def fold(emit: Emit, doubles: K.Doubles, default: Like | None = None) -> Folded:
+def fold(emit: Emit, doubles: Doubles, default: Like | None = None) -> Folded:
     """Evaluates the emit's kernels; `default` is what weights without any parameter in them should be like.
 
     Raises Illegal where the parameters live on several devices, or where there are none and no default.
@@ -70,9 +71,9 @@ def fold(emit: Emit, doubles: K.Doubles, default: Like | None = None) -> Folded:
     return Folded(emit, w, b, fill, like)
 
 
-def _own(kernel: K.Kernel, doubles: K.Doubles) -> Tensor:
+def _own(kernel: K.Kernel, doubles: Doubles) -> Tensor:
     """The numbers of the kernel: a copy where they are only another view of a parameter."""
-    value = K.evaluate(kernel, doubles)
+    value = evaluate(kernel, doubles)
     storages = {doubles(leaf).untyped_storage().data_ptr() for leaf in K.leaves(kernel)}
     return value.clone() if value.untyped_storage().data_ptr() in storages else value
 

@@ -8,15 +8,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field
 from itertools import product
-from typing import Any
 
 import torch
 from torch import Tensor
 
 Shape = tuple[int, ...]
-LeafValue = Callable[["Leaf"], Tensor]
 
 
 @dataclass(frozen=True, eq=False)
@@ -272,81 +270,10 @@ def take(kernel: Kernel, index: tuple[int, ...]) -> Kernel:
 
 def leaves(*kernels: Kernel | None) -> Iterator[Leaf]:
     """Every distinct leaf under `kernels`, in a fixed order."""
-    return (node for node in _topological(kernels) if isinstance(node, Leaf))
+    return (node for node in topological(kernels) if isinstance(node, Leaf))
 
 
-def in_float64(leaf: Leaf) -> Tensor:
-    return leaf.tensor.detach().to(torch.float64)
-
-
-class Doubles:
-    """Leaf values as `in_float64` gives them, each tensor converted once; forget it as soon as its region is done."""
-
-    def __init__(self) -> None:
-        self._of: dict[int, tuple[Tensor, Tensor]] = {}
-
-    def __call__(self, leaf: Leaf) -> Tensor:
-        return self.of(leaf.tensor)
-
-    def of(self, tensor: Tensor) -> Tensor:
-        if id(tensor) not in self._of:
-            self._of[id(tensor)] = tensor, tensor.detach().to(torch.float64)
-        return self._of[id(tensor)][1]
-
-
-def has_zeros(kernel: Kernel) -> bool:
-    """Whether an entry is zero by construction, whatever the numbers of the model are: it was laid into a larger
-    window, or among more columns, and nothing else was added there."""
-    positive: dict[int, Kernel] = {}
-    for node in _topological((kernel,)):
-        positive[id(node)] = _positive(node, positive)
-    return not evaluate(positive[id(kernel)]).all()
-
-
-def _positive(node: Kernel, operands: dict[int, Kernel]) -> Kernel:
-    """The node with ones in the place of all numbers, so that nothing cancels."""
-    if isinstance(node, (Leaf, Constant, Map)):
-        return Constant(node.shape, 1.0)
-
-    def swapped(value: Any) -> Any:
-        if isinstance(value, tuple):
-            return tuple(map(swapped, value))
-        return operands[id(value)] if isinstance(value, Kernel) else value
-
-    return replace(node, **{f.name: swapped(getattr(node, f.name)) for f in fields(node) if f.init})
-
-
-def evaluate(kernel: Kernel, leaf_value: LeafValue = in_float64) -> Tensor:
-    """The numbers of `kernel`, with every leaf read through `leaf_value`.
-
-    The default folds for deployment: detached, in float64. Other leaf values give other readings of the same fold:
-    live parameters (with autograd), or squares and ones (the multipliers of a re-parameterised gradient).
-    """
-    order = _topological((kernel,))
-    pending = _count_readers(order)
-    numbers: dict[int, Tensor] = {}
-    device = _device(order)
-    for node in order:
-        numbers[id(node)] = _number(node, leaf_value, [numbers[id(o)] for o in node.operands], device)
-        for operand in node.operands:
-            pending[id(operand)] -= 1
-            if not pending[id(operand)]:  # temporaries die as soon as their last reader has run
-                del numbers[id(operand)]
-    return numbers[id(kernel)]
-
-
-def _number(node: Kernel, leaf_value: LeafValue, values: list[Tensor], device: torch.device) -> Tensor:
-    if isinstance(node, Leaf):
-        value = leaf_value(node)
-        return value if node.axes is None else value.permute(node.axes)
-    if isinstance(node, Constant):
-        return torch.full(node.shape, node.value, dtype=torch.float64, device=device)
-    if isinstance(node, Dirac):
-        return node._compute().to(device, torch.float64)
-    return node._compute(*values)
-
-
-def _topological(kernels: Sequence[Kernel | None]) -> list[Kernel]:
+def topological(kernels: Sequence[Kernel | None]) -> list[Kernel]:
     """Operands before users, each node once; iterative, since a fold may be deeper than Python's stack."""
     order: list[Kernel] = []
     done: set[int] = set()
@@ -362,15 +289,3 @@ def _topological(kernels: Sequence[Kernel | None]) -> list[Kernel]:
         todo.append((node, True))
         todo.extend((o, False) for o in reversed(node.operands) if id(o) not in done)
     return order
-
-
-def _count_readers(order: list[Kernel]) -> dict[int, int]:
-    count = {id(node): 0 for node in order}
-    for node in order:
-        for operand in node.operands:
-            count[id(operand)] += 1
-    return count
-
-
-def _device(order: list[Kernel]) -> torch.device:
-    return next((n.tensor.device for n in order if isinstance(n, Leaf)), torch.device("cpu"))

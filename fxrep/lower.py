@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import cached_property
 from math import prod
 
 from fxrep import form as forms
@@ -12,8 +13,10 @@ from fxrep import kernel as K
 from fxrep.affine import AffineConv, diagonal_of
 from fxrep.cost import Profile, Work, kind_of
 from fxrep.errors import Illegal
-from fxrep.form import AffineForm, Anchor, Gain, Part, Term
+from fxrep.evaluation import has_zeros
+from fxrep.form import AffineForm
 from fxrep.kernel import Kernel
+from fxrep.parts import Anchor, Gain, Part, Term
 from fxrep.shapes import Axis, Dim, Shape, Shapes
 
 DEFAULT_SIZE = 56  # of an axis about which nothing is known; choices inside a region depend on ratios alone
@@ -75,6 +78,11 @@ class Recipe:
     def steps(self) -> int:
         """How many operators it starts."""
         return sum(e.steps for e in self.emits) + self.additions + (len(self.parts) > 1)
+
+    @cached_property
+    def has_zeros(self) -> bool:
+        """Whether a kernel of it is zero somewhere by construction."""
+        return any(has_zeros(e.operator.weight) for e in self.emits if e.operator is not None)
 
     def describe(self) -> str:
         """Like `Conv2d(64, 64, k3x3 s1 p1)`, or a sum of such."""

@@ -13,8 +13,8 @@ from fxrep.census import census, planned
 from fxrep.certify import certify
 from fxrep.cost import Profile
 from fxrep.errors import UNTOLD, FxrepError, Illegal, Refusal
+from fxrep.evaluation import Doubles
 from fxrep.fold import Folded, fold, like_of
-from fxrep.kernel import Doubles
 from fxrep.mutation import Writes, drop_identities, functionalize
 from fxrep.ownership import Ledger
 from fxrep.plan import Decision, Plan, Problem, make_plan

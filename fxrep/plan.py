@@ -11,8 +11,9 @@ from math import inf
 from fxrep import kernel as K
 from fxrep.cost import Profile, duration
 from fxrep.errors import Illegal, Refusal
-from fxrep.form import AffineForm, Join, keep_apart, merge, merge_where_legal
+from fxrep.form import AffineForm
 from fxrep.lower import Pricer, Recipe, Sizes, lower
+from fxrep.parts import Join, keep_apart, merge, merge_where_legal
 from fxrep.shapes import Shape, Shapes
 
 TOLERANCE = 1e-9  # relative; below it two costs are a tie
@@ -86,11 +87,6 @@ class _Candidate:
     gone: frozenset[str]
     seconds: float
     steps: int
-
-
-def has_zeros(recipe: Recipe) -> bool:
-    """Whether a kernel of it is zero somewhere by construction."""
-    return any(K.has_zeros(e.operator.weight) for e in recipe.emits if e.operator is not None)
 
 
 def _is_float(recipe: Recipe) -> bool:
@@ -279,10 +275,10 @@ class _State:
 
     def _lower(self, node: str, form: AffineForm, check: bool = False) -> Recipe:
         strict = check and self.strict
-        recipe = lower(form, lambda r: inf if strict and has_zeros(r) else self._seconds(node, r))
+        recipe = lower(form, lambda r: inf if strict and r.has_zeros else self._seconds(node, r))
         if check and recipe.dims == 0:
             self._check_rows(self.problem.shapes.of[node], recipe)
-        if strict and has_zeros(recipe):
+        if strict and recipe.has_zeros:
             fact = f"{recipe.describe()} would have zeros where the branches do not read: with them inf becomes nan"
             raise Illegal("non-finite", fact)
         return recipe

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from fxrep import affine
 from fxrep import kernel as K
 from fxrep.affine import AffineConv
+from fxrep.evaluation import evaluate
 
 CONVOLVE = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 TRANSPOSED = {1: F.conv_transpose1d, 2: F.conv_transpose2d, 3: F.conv_transpose3d}
@@ -126,15 +127,15 @@ def pad(x: Tensor, lo: tuple[int, ...], hi: tuple[int, ...], mode: str) -> Tenso
 
 def execute(operator: AffineConv, x: Tensor) -> Tensor:
     """The operator on numbers, with torch's functional convolution on an explicitly padded map."""
-    weight = K.evaluate(operator.weight)
-    bias = None if operator.bias is None else K.evaluate(K.spread(operator.bias, operator.out_channels))
+    weight = evaluate(operator.weight)
+    bias = None if operator.bias is None else evaluate(K.spread(operator.bias, operator.out_channels))
     if not operator.dims:
         return _grouped_linear(x, weight, bias, operator.groups)
     if operator.transposed:
         return _execute_transposed(operator, weight, bias, x)
     across = torch.zeros(())
     if operator.fill is not None and operator.pads:
-        across = K.evaluate(K.spread(operator.fill, operator.in_channels)).reshape(-1, *(1,) * operator.dims)
+        across = evaluate(K.spread(operator.fill, operator.in_channels)).reshape(-1, *(1,) * operator.dims)
     x = pad(x - across, operator.pad_lo, operator.pad_hi, operator.mode) + across
     return CONVOLVE[operator.dims](x, weight, bias, operator.stride, 0, operator.dilation, operator.groups)
 

@@ -14,6 +14,7 @@ from fxrep import affine
 from fxrep import kernel as K
 from fxrep.affine import AffineConv, add, stack
 from fxrep.composition import compose
+from fxrep.evaluation import evaluate
 
 SPATIAL = (1, 2, 3)
 ANY = (0, *SPATIAL)
@@ -183,7 +184,7 @@ def test_add_of_strips():
     standing = layer(2, k=(3, 1), lo=(1, 0), seed=9)
     strips = added(lying, standing)
     assert strips.taps == (3, 3)
-    assert K.evaluate(strips.weight)[:, :, 0, 0].abs().max() == 0
+    assert evaluate(strips.weight)[:, :, 0, 0].abs().max() == 0
 
 
 @pytest.mark.parametrize("dims", SPATIAL)
@@ -268,7 +269,7 @@ def test_columns_are_the_parts_of_a_layer_over_a_concatenation(dims, groups):
     plain = layer(dims, 6, 4, k=3, lo=1, s=2, g=groups, bias=True, fill=None if not dims else random(9, 6))
     x = image(dims, 6)
     parts = [execute(plain.operator.columns(lo, hi), x[:, lo:hi]) for lo, hi in ((0, 1), (1, 4), (4, 6))]
-    bias = K.evaluate(plain.operator.bias).reshape(-1, *(1,) * dims)
+    bias = evaluate(plain.operator.bias).reshape(-1, *(1,) * dims)
     assert torch.allclose(sum(parts) + bias, plain.run(x), rtol=0, atol=1e-12)
 
 
@@ -315,7 +316,7 @@ def test_a_fill_that_is_never_inserted_is_forgotten():
 def test_outside_is_what_an_operator_gives_beyond_its_input():
     plain = layer(2, 3, 4, lo=2, bias=True, fill=random(9, 3))
     corner = plain.run(image(2, 3))[0, :, 0, 0]
-    assert torch.allclose(K.evaluate(plain.operator.outside()), corner, rtol=0, atol=1e-12)
+    assert torch.allclose(evaluate(plain.operator.outside()), corner, rtol=0, atol=1e-12)
     assert layer(2, k=3, lo=1).operator.outside() is None
 
 

@@ -15,7 +15,9 @@ from torch import Tensor
 from fxrep import composition, form
 from fxrep import kernel as K
 from fxrep.errors import CODES, Illegal
-from fxrep.form import AffineForm, Anchor, Gain, Part, cat, constant, merged, value
+from fxrep.evaluation import evaluate
+from fxrep.form import AffineForm, cat, constant, merged, value
+from fxrep.parts import Anchor, Gain, Part
 
 ANY = (0, 1, 2, 3)
 SPATIAL = (1, 2, 3)
@@ -34,11 +36,11 @@ def run(f: AffineForm, values: Values) -> Tensor:
 
 
 def _term(term: form.Term, x: Tensor) -> Tensor:
-    return x * K.evaluate(term.factor) if isinstance(term, Gain) else execute(term, x)
+    return x * evaluate(term.factor) if isinstance(term, Gain) else execute(term, x)
 
 
 def _bias(bias: K.Kernel | None, dims: int | None) -> Tensor:
-    number = torch.zeros(()) if bias is None else K.evaluate(bias)
+    number = torch.zeros(()) if bias is None else evaluate(bias)
     return number.reshape(-1, *(1,) * (dims or 0)) if number.ndim else number
 
 
@@ -350,7 +352,7 @@ GEOMETRY = {"stride": 1, "pad_lo": 0, "pad_hi": 0, "dilation": 1}
 
 
 def pointwise(linear: Layer, dims: int) -> K.Kernel:
-    return K.Leaf.of(K.evaluate(linear.operator.weight).reshape(4, 4, *(1,) * dims))
+    return K.Leaf.of(evaluate(linear.operator.weight).reshape(4, 4, *(1,) * dims))
 
 
 def test_channels_must_be_known_where_they_decide():

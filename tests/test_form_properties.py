@@ -12,7 +12,9 @@ from layers import execute, layer, random, scale
 from torch import Tensor
 
 from fxrep import kernel as K
-from fxrep.form import AffineForm, Gain, cat, value
+from fxrep.evaluation import evaluate
+from fxrep.form import AffineForm, cat, value
+from fxrep.parts import Gain
 
 CHANNELS = 4
 SIZES = {1: (7,), 2: (6, 5)}
@@ -97,10 +99,10 @@ def run(form: AffineForm, anchors: dict[str, Tensor]) -> Tensor:
 def _part(part, dims: int, anchors: dict[str, Tensor]) -> Tensor:
     total = torch.zeros((), dtype=torch.float64)
     if part.bias is not None:
-        total = K.evaluate(K.spread(part.bias, CHANNELS)).reshape(-1, *(1,) * dims)
+        total = evaluate(K.spread(part.bias, CHANNELS)).reshape(-1, *(1,) * dims)
     for anchor, term in part.terms.items():
         x = anchors[anchor.source] if anchor.rows is None else anchors[anchor.source][:, list(anchor.rows)]
-        total = total + (x * K.evaluate(term.factor) if isinstance(term, Gain) else execute(term, x))
+        total = total + (x * evaluate(term.factor) if isinstance(term, Gain) else execute(term, x))
     return total
 
 

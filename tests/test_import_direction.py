@@ -13,8 +13,10 @@ PACKAGE = Path(__file__).parents[1] / "fxrep"
 ORDER = (
     "errors",
     "kernel",
+    "evaluation",
     "affine",
     "composition",
+    "parts",
     "form",
     "shapes",
     "readers",
@@ -39,7 +41,7 @@ ORDER = (
     "cli",
     "__main__",
 )
-WITHOUT_FX = ("kernel", "affine", "composition", "form", "shapes", "cost", "report")
+WITHOUT_FX = ("kernel", "evaluation", "affine", "composition", "parts", "form", "shapes", "cost", "report")
 CLI_MAY_IMPORT = {"errors", "report", "api", "__init__"}
 
 FILES = sorted(PACKAGE.rglob("*.py"))

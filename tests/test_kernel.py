@@ -17,6 +17,7 @@ from fxrep import affine
 from fxrep import kernel as K
 from fxrep.affine import AffineConv, add, stack
 from fxrep.composition import compose
+from fxrep.evaluation import evaluate
 from fxrep.kernel import Kernel, Leaf
 
 
@@ -148,7 +149,7 @@ def test_a_node_is_its_formula(name):
     values = numbers(node)
     kernel, expected = node.build(*map(Leaf.of, values)), node.formula(*values)
     assert kernel.shape == tuple(expected.shape)
-    assert torch.allclose(K.evaluate(kernel), expected, rtol=0, atol=1e-14)
+    assert torch.allclose(evaluate(kernel), expected, rtol=0, atol=1e-14)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
@@ -156,7 +157,7 @@ def test_a_node_is_its_formula(name):
 def test_folding_is_in_float64_whatever_the_model_is(name, dtype):
     node = NODES[name]
     values = numbers(node, dtype)
-    got = K.evaluate(node.build(*map(Leaf.of, values)))
+    got = evaluate(node.build(*map(Leaf.of, values)))
     assert got.dtype == torch.float64
     assert torch.allclose(got, node.formula(*(v.double() for v in values)), rtol=0, atol=1e-14)
 
@@ -166,9 +167,9 @@ def test_gradients_flow_to_live_leaves(name):
     node = NODES[name]
     values = [v.requires_grad_() for v in numbers(node)]
     kernel = node.build(*map(Leaf.of, values))
-    assert not K.evaluate(kernel).requires_grad, "folding for deployment is detached"
+    assert not evaluate(kernel).requires_grad, "folding for deployment is detached"
     cotangent = random(99, *kernel.shape)
-    got = torch.autograd.grad((K.evaluate(kernel, live) * cotangent).sum(), values)
+    got = torch.autograd.grad((evaluate(kernel, live) * cotangent).sum(), values)
     expected = torch.autograd.grad((node.formula(*values) * cotangent).sum(), values)
     for one, other in zip(got, expected, strict=True):
         assert torch.allclose(one, other, rtol=0, atol=1e-13)
@@ -183,7 +184,7 @@ def test_evaluation_writes_into_no_leaf(name):
     node = NODES[name]
     values = numbers(node)
     before = [v.clone() for v in values]
-    K.evaluate(node.build(*map(Leaf.of, values)))
+    evaluate(node.build(*map(Leaf.of, values)))
     assert all(torch.equal(v, b) for v, b in zip(values, before, strict=True))
 
 
@@ -208,7 +209,7 @@ def test_building_reads_no_number(name):
     assert kernel.shape == node.build(*map(Leaf.of, numbers(node))).shape
     assert len(list(K.leaves(kernel))) == len(node.shapes)
     with pytest.raises(AssertionError, match="was read"):
-        K.evaluate(kernel)
+        evaluate(kernel)
 
 
 def unread_conv(*weight: int, pad: int = 0, bias: bool = False, groups: int = 1) -> AffineConv:
@@ -243,12 +244,12 @@ def test_meta_tensors_have_shapes_too(name):
 
 @pytest.mark.parametrize(("groups", "shape"), [(4, (4, 1, 1, 1)), (2, (4, 2, 1)), (1, (4, 4, 1, 1, 1)), (1, (3, 3))])
 def test_dirac_is_the_identity(groups, shape):
-    weight = K.evaluate(K.Dirac(shape)).flatten(1)
+    weight = evaluate(K.Dirac(shape)).flatten(1)
     assert torch.equal(dense(weight, groups), torch.eye(shape[0], dtype=torch.float64))
 
 
 def test_a_constant_is_one_number():
-    assert torch.equal(K.evaluate(K.Constant((2, 3), 0.25)), torch.full((2, 3), 0.25, dtype=torch.float64))
+    assert torch.equal(evaluate(K.Constant((2, 3), 0.25)), torch.full((2, 3), 0.25, dtype=torch.float64))
 
 
 def repvgg_block(channels: int = 3) -> tuple[AffineConv, list[Leaf], list[Leaf]]:
@@ -273,7 +274,7 @@ def test_ones_and_squares_give_the_gradient_multiplier():
     s, t = (leaf.tensor.square()[:, None] for leaf in scales)
     expected = s[..., None, None].expand(3, 3, 3, 3).clone()
     expected[:, :, 1, 1] = s + t + torch.eye(3, dtype=torch.float64)
-    assert torch.allclose(K.evaluate(block.weight, squares), expected, rtol=0, atol=1e-15)
+    assert torch.allclose(evaluate(block.weight, squares), expected, rtol=0, atol=1e-15)
 
 
 def test_the_same_fold_on_live_parameters_trains():
@@ -284,7 +285,7 @@ def test_the_same_fold_on_live_parameters_trains():
     x = random(5, 2, 3, 6, 7)
     conv = torch.nn.functional.conv2d
     apart = conv(x, w3, padding=1) * s[:, None, None] + conv(x, w1) * t[:, None, None] + x
-    merged = conv(x, K.evaluate(block.weight, live), padding=1)
+    merged = conv(x, evaluate(block.weight, live), padding=1)
     assert torch.allclose(merged, apart, rtol=0, atol=1e-13)
     got, expected = (torch.autograd.grad(y.square().sum(), leaves) for y in (merged, apart))
     for one, other in zip(got, expected, strict=True):
@@ -300,8 +301,8 @@ def test_depth_is_no_recursion():
     for _ in range(DEPTH // 2):
         kernel = K.Sum((2, 1), (K.ScaleRows((2, 1), kernel, half), leaf))
     assert [type(n) for n in K.leaves(kernel)] == [Leaf, Leaf]
-    assert torch.allclose(K.evaluate(kernel), torch.full((2, 1), 2.0, dtype=torch.float64))
-    (gradient,) = torch.autograd.grad(K.evaluate(kernel, lambda n: n.tensor).sum(), [leaf.tensor])
+    assert torch.allclose(evaluate(kernel), torch.full((2, 1), 2.0, dtype=torch.float64))
+    (gradient,) = torch.autograd.grad(evaluate(kernel, lambda n: n.tensor).sum(), [leaf.tensor])
     assert torch.allclose(gradient, torch.full((2, 1), 2.0, dtype=torch.float64))
 
 
@@ -316,7 +317,7 @@ def test_a_shared_node_is_computed_once():
     kernel: Kernel = Leaf.of(torch.tensor([1.0]))
     for _ in range(60):
         kernel = K.Map((1,), double, (kernel, kernel))
-    assert K.evaluate(kernel).item() == 2.0**60
+    assert evaluate(kernel).item() == 2.0**60
     assert len(calls) == 60
 
 
@@ -334,7 +335,7 @@ def test_temporaries_die_with_their_last_reader():
     kernel: Kernel = Leaf.of(torch.zeros(3))
     for _ in range(20):
         kernel = K.Map((3,), step, (kernel,))
-    assert torch.equal(K.evaluate(kernel), torch.full((3,), 20.0, dtype=torch.float64))
+    assert torch.equal(evaluate(kernel), torch.full((3,), 20.0, dtype=torch.float64))
     assert max(most) <= 2
 
 
@@ -349,16 +350,16 @@ def test_none_is_an_exact_zero():
     a, scalar = Leaf.of(random(1, 3)), Leaf.of(random(2))
     assert K.total(None, None) is None
     assert K.total(None, a, None) is a
-    assert torch.equal(K.evaluate(K.total(scalar, None, a)), random(2) + random(1, 3))
+    assert torch.equal(evaluate(K.total(scalar, None, a)), random(2) + random(1, 3))
 
 
 def test_small_constructors():
     a, b, scalar = Leaf.of(random(1, 3)), Leaf.of(random(2, 2)), Leaf.of(random(3))
     assert K.stack([a]) is a
-    assert torch.equal(K.evaluate(K.stack([a, b])), torch.cat([random(1, 3), random(2, 2)]))
+    assert torch.equal(evaluate(K.stack([a, b])), torch.cat([random(1, 3), random(2, 2)]))
     assert K.take(a, (0, 1, 2)) is a
-    assert torch.equal(K.evaluate(K.take(a, (2, 0))), random(1, 3)[[2, 0]])
+    assert torch.equal(evaluate(K.take(a, (2, 0))), random(1, 3)[[2, 0]])
     assert K.spread(a, 3) is a
-    assert torch.equal(K.evaluate(K.spread(scalar, 4)), random(3).expand(4))
-    assert torch.equal(K.evaluate(K.scale(scalar, a)), random(3) * random(1, 3))
-    assert torch.equal(K.evaluate(K.scale(scalar, scalar)), random(3) ** 2)
+    assert torch.equal(evaluate(K.spread(scalar, 4)), random(3).expand(4))
+    assert torch.equal(evaluate(K.scale(scalar, a)), random(3) * random(1, 3))
+    assert torch.equal(evaluate(K.scale(scalar, scalar)), random(3) ** 2)

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 import fxrep
 from fxrep import kernel as K
+from fxrep.evaluation import has_zeros
 from fxrep.testing import Inputs, Network, inputs_for, networks
 
 
@@ -127,4 +128,4 @@ LEAF = K.Leaf.of(torch.zeros(2, 2, 1, 1))
     ids=["numbers", "enlarged", "covered", "dense identity", "identity", "times zero", "cancelled", "computed"],
 )
 def test_a_zero_by_construction_is_no_zero_by_value(kernel: K.Kernel, zeros: bool):
-    assert K.has_zeros(kernel) is zeros
+    assert has_zeros(kernel) is zeros

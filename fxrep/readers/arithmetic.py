@@ -75,7 +75,7 @@ def read_identity(at: Call, module: nn.Module | None = None) -> AffineForm:
 def read_dropout(at: Call, module: Any) -> AffineForm:
     """The identity in eval mode."""
     if module.training and module.p > 0:
-        raise Illegal("random", "it is in training mode", "call eval() on it, and let nothing set it back")
+        raise Illegal("random", "it is in training mode")
     return at.operand()
 
 
@@ -83,7 +83,7 @@ def read_dropout(at: Call, module: Any) -> AffineForm:
 def read_functional_dropout(at: Call) -> AffineForm:
     x, _p, training, _inplace = at.bind("input p training inplace", p=0.5, training=True, inplace=False)
     if training is not False:
-        raise Illegal("random", "it is called with training=True", "training=self.training")
+        raise Illegal("random", "it is called with training=True")
     return at.value(x)
 
 

@@ -14,6 +14,7 @@ from torch.fx import Graph, Node
 from fxrep import kernel as K
 from fxrep.affine import AffineConv
 from fxrep.errors import Illegal, Refusal
+from fxrep.evaluation import evaluate
 from fxrep.form import AffineForm
 from fxrep.kernel import Kernel
 from fxrep.readers.registry import Call, Facts, SizesOf, find, find_shape_rule
@@ -214,7 +215,7 @@ def _is_float(leaf: K.Leaf) -> bool:
 
 
 def _as_stored(kernel: Kernel) -> Tensor:
-    return kernel.tensor if isinstance(kernel, K.Leaf) else K.evaluate(kernel)
+    return kernel.tensor if isinstance(kernel, K.Leaf) else evaluate(kernel)
 
 
 def attribute_of(root: nn.Module, target: str) -> Any:
