@@ -8,12 +8,14 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from fxrep.api import explain, reparameterize
+    from fxrep.conversion import Conversion, convert, load_weights
     from fxrep.errors import FxrepError, Refusal
     from fxrep.readers import reader
     from fxrep.report import Report
     from fxrep.verification import Verdict, verify
 
 _HOMES = {
+    "Conversion": "fxrep.conversion", "convert": "fxrep.conversion", "load_weights": "fxrep.conversion",
     "explain": "fxrep.api", "reparameterize": "fxrep.api", "FxrepError": "fxrep.errors", "Refusal": "fxrep.errors",
     "reader": "fxrep.readers", "Report": "fxrep.report",
     "Verdict": "fxrep.verification", "verify": "fxrep.verification",
@@ -30,5 +32,6 @@ def __getattr__(name: str) -> Any:
 
 
 __all__ = [
-    "FxrepError", "Refusal", "Report", "Verdict", "__version__", "explain", "reader", "reparameterize", "verify",
+    "Conversion", "FxrepError", "Refusal", "Report", "Verdict", "__version__", "convert", "explain", "load_weights",
+    "reader", "reparameterize", "verify",
 ]  # fmt: skip

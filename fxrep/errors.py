@@ -9,6 +9,10 @@ class FxrepError(Exception):
     """Base of every error that fxrep raises on purpose; the message names the thing, the fact and the way out."""
 
 
+class Unusable(FxrepError):
+    """What the caller named cannot be used: a missing file, a package that is not installed, an unknown name."""
+
+
 #: Every refusal code and what it means. A reader or the algebra may use no other: a typo fails at import or at once.
 CODES: dict[str, str] = {
     "batch-statistics": "a normalisation uses the statistics of the batch, which are not constants",

@@ -36,6 +36,7 @@ ORDER = (
     "report",
     "pipeline",
     "api",
+    "conversion",
     "testing",
     "__init__",
     "cli",

@@ -9,14 +9,14 @@ import argparse
 from collections.abc import Sequence
 
 import fxrep
-from fxrep.cli import collapse
-from fxrep.cli.common import FAILED, OK, UNUSABLE, Unusable, complain, shape
+from fxrep.cli import collapse, convert
+from fxrep.cli.common import FAILED, INTERRUPTED, OK, UNUSABLE, complain, shape
 from fxrep.cli.models import MODEL_HELP, load
-from fxrep.errors import FxrepError
+from fxrep.errors import FxrepError, Unusable
 
 __all__ = ["FAILED", "OK", "UNUSABLE", "load", "main", "make_parser", "shape"]
 
-COMMANDS = (collapse,)
+COMMANDS = (collapse, convert)
 
 EPILOG = f"""\
 {MODEL_HELP}
@@ -24,6 +24,7 @@ exit codes
   0  done
   1  the model was loaded, but fxrep failed on it
   2  bad usage, or what was named cannot be used
+  130  interrupted
 `fxrep COMMAND --help` tells more.
 """
 
@@ -36,6 +37,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return complain(error, UNUSABLE)
     except FxrepError as error:
         return complain(error, FAILED)
+    except KeyboardInterrupt:
+        return complain("interrupted", INTERRUPTED)
     return code
 
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import fxrep
 from fxrep.cli.common import FAILED, OK, complain, shape
-from fxrep.cli.models import MODEL_HELP, example_input, load
+from fxrep.cli.models import MODEL_HELP, example_inputs, load
 
 if TYPE_CHECKING:
     from torch import nn
@@ -32,7 +32,11 @@ def add(commands: Any) -> None:
         parser = commands.add_parser(name, help=does, description=does, **looks)
         parser.add_argument("model", metavar="MODEL", help="torchvision:NAME, timm:NAME or path/or.module:callable")
         parser.add_argument(
-            "--input", metavar="SHAPE", type=shape, help="an example input's shape, such as 1,3,224,224"
+            "--input",
+            metavar="SHAPE",
+            type=shape,
+            action="append",
+            help="an input's shape, such as 1,3,224,224; one each",
         )
         parser.add_argument(
             "--strict", action="store_true", help="merge nothing that spreads an inf of the input further"
@@ -52,8 +56,8 @@ def run(args: argparse.Namespace) -> int:
     return OK
 
 
-def make_report(command: str, model: nn.Module, sizes: tuple[int, ...] | None, strict: bool) -> Report:
-    example = None if sizes is None else example_input(model, sizes)
+def make_report(command: str, model: nn.Module, shapes: list[tuple[int, ...]] | None, strict: bool) -> Report:
+    example = example_inputs(model, shapes)
     if command == "explain":
         return fxrep.explain(model, example, strict=strict)
     return cast("Report", fxrep.reparameterize(model, example, strict=strict).report)

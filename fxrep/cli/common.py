@@ -7,11 +7,7 @@ import difflib
 import sys
 from collections.abc import Iterable
 
-OK, FAILED, UNUSABLE = 0, 1, 2
-
-
-class Unusable(Exception):
-    """What the user named cannot be used: one sentence with the fact and the way out."""
+OK, FAILED, UNUSABLE, INTERRUPTED = 0, 1, 2, 130
 
 
 def complain(error: object, code: int) -> int:

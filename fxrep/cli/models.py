@@ -8,13 +8,14 @@ import inspect
 import os
 import sys
 import traceback
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from operator import attrgetter
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-from fxrep.cli.common import Unusable, did_you_mean, summary
+from fxrep.cli.common import did_you_mean, summary
+from fxrep.errors import Unusable
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -149,15 +150,18 @@ def build(function: Callable[..., Any], model: str) -> Any:
         raise Unusable(f"building {model} failed: {summary(error)}; mend what it calls, or name another") from error
 
 
-def example_input(model: nn.Module, sizes: tuple[int, ...]) -> Tensor:
-    """A random tensor that the model is seen to accept."""
+def example_inputs(model: nn.Module, shapes: Sequence[tuple[int, ...]] | None) -> tuple[Tensor, ...] | None:
+    """Random tensors that the model is seen to accept."""
     import torch
 
-    example = torch.randn(sizes, generator=torch.Generator().manual_seed(0))
+    if not shapes:
+        return None
+    generator = torch.Generator().manual_seed(0)
+    examples = tuple(torch.randn(sizes, generator=generator) for sizes in shapes)
     try:
         with torch.no_grad():
-            model.eval()(example)
+            model.eval()(*examples)
     except Exception as error:
-        text = ",".join(map(str, sizes))
+        text = " --input ".join(",".join(map(str, sizes)) for sizes in shapes)
         raise Unusable(f"the model does not run on --input {text}: {summary(error)}; give a shape that fits") from error
-    return example
+    return examples

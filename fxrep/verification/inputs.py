@@ -42,9 +42,11 @@ class Case:
 
     def call(self, model: nn.Module) -> Any:
         """On copies, which a model may overwrite."""
-        fresh = self.mapped(Tensor.clone)
-        bound = inspect.BoundArguments(self.signature, fresh.arguments)
+        bound = self.mapped(Tensor.clone).bound()
         return model(*bound.args, **bound.kwargs)
+
+    def bound(self) -> inspect.BoundArguments:
+        return inspect.BoundArguments(self.signature, dict(self.arguments))
 
     def mapped(self, change: Callable[[Tensor], Tensor]) -> Case:
         return replace(self, arguments=tree_map_only(Tensor, change, self.arguments))

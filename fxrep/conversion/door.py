@@ -1,0 +1,250 @@
+"""The public door of conversion: model and checkpoint in, a file that was run and found equal out."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fxrep.api import reparameterize
+from fxrep.conversion.formats import Format, Payload, Runner, format_for, program_of
+from fxrep.conversion.weights import load_weights
+from fxrep.errors import FxrepError, Unusable
+from fxrep.report import Report
+from fxrep.verification import Comparison, Trial, Verdict, verify
+from fxrep.verification.compare import Leaf, compare, judged
+from fxrep.verification.inputs import Case, Examples, Known, own_size, sampler
+from fxrep.verification.models import copied, like, run, wide, widened
+
+TRIALS = 3
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """A file that was written, and how it compares. Prints as a few lines."""
+
+    path: str
+    files: tuple[str, ...]
+    """All that was written, weights beside the file among them."""
+    format: str
+    dtype: str
+    notes: tuple[str, ...]
+    """What was done to the checkpoint's names on the way."""
+    report: Report
+    verdict: Verdict
+    """The collapsed network against the original, in the original's dtype."""
+    trials: tuple[Trial, ...]
+    """The file, run by its own runtime, against the original in float64."""
+
+    @property
+    def worst(self) -> Comparison:
+        return max((c for t in self.trials for c in t.comparisons), key=lambda c: c.error / c.allowed)
+
+    def to_dict(self) -> dict[str, Any]:
+        """For scripts: plain values, without the trials."""
+        worst = self.worst
+        return {
+            "path": self.path, "files": list(self.files), "format": self.format, "dtype": self.dtype,
+            "notes": list(self.notes), "equal": True, "error": worst.error, "own_error": worst.own_error,
+            "allowed": worst.allowed, "before": dict(self.report.before), "after": dict(self.report.after),
+        }  # fmt: skip
+
+    def __str__(self) -> str:
+        before, after, worst = self.report.before, self.report.after, self.worst
+        counts = ", ".join(f"{k} {before[k]} → {after[k]}" for k in before if before[k] or after[k])
+        runs = ", ".join(dict.fromkeys(t.inputs for t in self.trials))
+        lines = [
+            *self.notes,
+            f"{self.report.model}: {counts}",
+            f"{', '.join(self.files)}: {self.format} in {self.dtype}, run on {runs}: error {worst.error:.2g}, "
+            f"the original's own {worst.own_error:.2g}, allowed {worst.allowed:.2g}",
+        ]
+        return "\n".join(lines)
+
+
+def convert(
+    model: nn.Module, path: str | Path, example_inputs: Examples = None, *, to: str | None = None,
+    weights: str | Path | None = None, entry: str | None = None, ignore: Sequence[str] = (), trust: bool = False,
+    dtype: str | torch.dtype | None = None, dynamic: Sequence[int] = (), strict: bool = False, force: bool = False,
+) -> Conversion:  # fmt: skip
+    """Collapses the model, writes it, and runs the file against the original before it gets its name.
+
+    The file is written in a folder beside `path`, and moved when its outputs, from its own runtime, are as close to the
+    original in float64 as the original is in the file's dtype (the rule of `fxrep.verify`). Otherwise, and after an
+    interrupt, nothing is left. Weights in files of their own are moved first, the file itself last.
+
+    Args:
+        model: any module; it is not touched.
+        path: the file to be; its folder exists.
+        example_inputs: a tensor, a tuple or a dict of arguments: what the file is made for. A state dict needs none.
+        to: `pt2`, `onnx`, `openvino` or `state_dict`; by default what the suffix of `path` says.
+        weights, entry, ignore, trust: a checkpoint to load first, see `fxrep.load_weights`.
+        dtype: of the file, such as `float16`; by default the model's own.
+        dynamic: the axes of the inputs whose size stays open, such as (0, 2, 3); 0 is the batch.
+        strict: as for `reparameterize`.
+        force: overwrite.
+
+    Raises:
+        Unusable: the path, the weights, a name or a runtime cannot be used.
+        FxrepError: the network cannot be exported, or the file is not equal.
+    """
+    target = Path(path)
+    form = format_for(target, to)
+    _check_target(target, force)
+    form.check_installed()
+    if form.has_program and example_inputs is None:
+        raise Unusable(f"a {form.name} file is made for an input: give example_inputs, or --input on the command line")
+    kind = _dtype(dtype, model)
+    original = copied(model)
+    notes = () if weights is None else load_weights(original, weights, entry=entry, ignore=ignore, trust=trust)
+    collapsed = reparameterize(original, example_inputs, strict=strict)
+    report: Report = collapsed.report  # type: ignore[assignment]
+    verdict = verify(original, collapsed, example_inputs)
+    if not verdict:
+        raise FxrepError(f"the collapsed network is not equal to the original; nothing was written\n{verdict}")
+    cases = _cases(original, example_inputs, tuple(dynamic))
+    payload = _payload(collapsed, form, cases, kind, tuple(dynamic))
+    with _moved_when_done(target, force) as scratch:
+        trials = _run(_written(form, payload, scratch, kind), original, cases, kind)
+        files = tuple(sorted(str(target.parent / f.name) for f in scratch.parent.iterdir()))
+    name = str(kind).removeprefix("torch.")
+    return Conversion(str(target), files, form.name, name, notes, report, verdict, trials)
+
+
+def _check_target(path: Path, force: bool) -> None:
+    if not path.parent.is_dir():
+        raise Unusable(f"there is no folder {path.parent} (looked from {Path.cwd()}); make it first")
+    if path.is_dir():
+        raise Unusable(f"{path} is a folder; name the file in it")
+    if not os.access(path.parent, os.W_OK):
+        raise Unusable(f"the folder {path.parent} cannot be written to")
+    _check_free([path], force)
+
+
+def _check_free(paths: Sequence[Path], force: bool) -> None:
+    taken = [str(p) for p in paths if p.exists()]
+    if taken and not force:
+        raise Unusable(f"{', '.join(taken)} is there already; give another name, or force=True (--force)")
+
+
+def _dtype(dtype: str | torch.dtype | None, model: nn.Module) -> torch.dtype:
+    found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype or like(model)[0]
+    if not isinstance(found, torch.dtype) or not found.is_floating_point:
+        raise Unusable(f"{dtype!r} is no floating-point dtype: float32, float16, bfloat16 or float64")
+    return found
+
+
+def _cases(original: nn.Module, examples: Examples, dynamic: tuple[int, ...]) -> list[Case]:
+    """What the file is run on: random numbers of the example's sizes, and of others along the dynamic axes."""
+
+    def attempt(case: Case) -> str | None:
+        outputs = run(original, case)
+        return outputs if isinstance(outputs, str) else None
+
+    with torch.no_grad():
+        drawn = sampler(original, examples, 0, like(original), attempt)
+        if not dynamic:
+            return [drawn.draw(own_size, None, False, i) for i in range(TRIALS)]
+        open_ = replace(drawn, known={name: _fixed_but(dynamic, value) for name, value in drawn.own.arguments.items()})
+        return [replace(case, memory_format="contiguous") for case in open_.cases(TRIALS, attempt)]
+
+
+def _fixed_but(dynamic: tuple[int, ...], value: Any) -> Known:
+    if not isinstance(value, Tensor):
+        return Known()
+    return Known(value.ndim, {axis - value.ndim: n for axis, n in enumerate(value.shape) if axis not in dynamic})
+
+
+def _payload(
+    collapsed: nn.Module, form: Format, cases: list[Case], kind: torch.dtype, dynamic: tuple[int, ...]
+) -> Payload:
+    module = collapsed.to("cpu", kind)
+    if not form.has_program:
+        return Payload(module, None)
+    with torch.no_grad():
+        return Payload(module, program_of(module, cases[0].mapped(partial(_cast, kind)), dynamic))
+
+
+def _cast(kind: torch.dtype, tensor: Tensor) -> Tensor:
+    tensor = tensor.cpu()
+    return tensor.to(kind) if tensor.is_floating_point() else tensor
+
+
+@contextmanager
+def _moved_when_done(path: Path, force: bool) -> Iterator[Path]:
+    """A path of the same name in a folder beside it; what is there at the end is moved, the file itself last."""
+    with TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as folder:
+        scratch = Path(folder) / path.name
+        yield scratch
+        others = [path.parent / f.name for f in Path(folder).iterdir() if f.name != path.name]
+        _check_free([path, *others], force)
+        try:
+            if others:
+                path.unlink(missing_ok=True)  # an old file beside new weights would be no network at all
+            for each in (*others, path):
+                os.replace(Path(folder) / each.name, each)
+        except BaseException:
+            for each in others:
+                each.unlink(missing_ok=True)
+            raise
+
+
+def _written(form: Format, payload: Payload, path: Path, kind: torch.dtype) -> Runner:
+    try:
+        form.write(payload, path)
+        return form.open(path, payload.module)
+    except Exception as error:  # exporters and runtimes may raise anything
+        fact = f"{type(error).__name__}: {' '.join(str(error).split())[:240]}"
+        raise FxrepError(
+            f"{form.name} cannot hold or run this network in {str(kind).removeprefix('torch.')} ({fact}); nothing was "
+            "written; another format or dtype may do"
+        ) from error
+
+
+def _run(runner: Runner, original: nn.Module, cases: list[Case], kind: torch.dtype) -> tuple[Trial, ...]:
+    """The file beside the original in the file's dtype, with the original in float64 as the truth.
+
+    Raises FxrepError where it does not run, or is not equal.
+    """
+    truth, own = widened(original).cpu(), copied(original).to("cpu", kind)
+    with torch.no_grad():
+        found = [_compared(runner, truth, own, case.mapped(partial(_cast, kind))) for case in cases]
+    trials = tuple(Trial(str(c), c.memory_format, tuple(done)) for c, done in zip(cases, judged(found), strict=True))
+    for trial in trials:
+        worst = trial.worst
+        if not trial and worst is not None:
+            fact = worst.problem or (
+                f"{worst.output} is off by {worst.error:.2g}, the original's own error is {worst.own_error:.2g}, "
+                f"allowed are {worst.allowed:.2g}"
+            )
+            raise FxrepError(f"the written file is not equal to the original on {trial.inputs}: {fact}; it was removed")
+    return trials
+
+
+def _compared(runner: Runner, truth: nn.Module, own: nn.Module, case: Case) -> list[Comparison]:
+    expected, rounded = run(truth, case.mapped(wide)), run(own, case)
+    if isinstance(expected, str) or isinstance(rounded, str):
+        error = expected if isinstance(expected, str) else rounded
+        raise FxrepError(f"the original does not run on {case} in the dtype asked for, so nothing can be told: {error}")
+    result = compare(expected, rounded, _outputs(runner, case, rounded))
+    if isinstance(result, str):
+        raise FxrepError(f"the written file gives other outputs ({result}); it was removed")
+    return result
+
+
+def _outputs(runner: Runner, case: Case, rounded: list[Leaf]) -> list[Leaf]:
+    try:
+        return runner(case, rounded)
+    except Exception as error:  # a runtime may raise anything
+        fact = " ".join(str(error).split())[:240]
+        raise FxrepError(
+            f"the written file does not run on {case} ({type(error).__name__}: {fact}); it was removed"
+        ) from error
