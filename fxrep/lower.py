@@ -43,6 +43,12 @@ class Emit:
         return op is not None and op.copies and op.bias is None and all(s == 1 for s in op.stride)
 
     @property
+    def pads_by_channel(self) -> bool:
+        """Whether what is inserted differs from channel to channel, which no layer offers."""
+        op = self.operator
+        return op is not None and op.pads and op.fill is not None and not isinstance(op.fill, K.Constant)
+
+    @property
     def steps(self) -> int:
         """How many operators it starts."""
         if self.is_pass or self.is_pad or self.operator is None:
@@ -134,8 +140,6 @@ def _emit(anchor: Anchor, term: Term) -> Emit:
         return Emit(anchor, gain=diagonal_of(term))
     if not term.dims:
         return Emit(anchor, operator=term.regrouped(1))  # a linear layer has no groups
-    if term.pads and term.fill is not None and not isinstance(term.fill, K.Constant):
-        raise Illegal("pad-value", "the padding value differs from channel to channel, which no layer offers")
     if term.transposed and not all(0 <= lo - hi < max(s, d) for lo, hi, s, d in _output_paddings(term)):
         raise Illegal("transposed", "its crop is not one that a transposed convolution offers")
     return Emit(anchor, operator=term)

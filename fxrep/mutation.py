@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.fx import Graph, Node
 
 from fxrep.readers import is_hooked
+from fxrep.readers.borders import assigned
 
 OPERATORS = {
     operator.iadd: operator.add, operator.isub: operator.sub, operator.imul: operator.mul,
@@ -29,10 +30,11 @@ METHODS = {
         "abs", "pow", "square", "addcmul", "hardswish", "silu",
     ) if hasattr(Tensor, name)
 }  # fmt: skip
-FUNCTIONS = {
+FUNCTIONS: dict[Any, Any] = {
     torch.relu_: torch.relu, torch.sigmoid_: torch.sigmoid, torch.tanh_: torch.tanh, torch.neg_: torch.neg,
     torch.nn.functional.leaky_relu_: torch.nn.functional.leaky_relu, torch.nn.functional.elu_: torch.nn.functional.elu,
     torch.nn.functional.hardtanh_: torch.nn.functional.hardtanh, torch.nn.functional.selu_: torch.nn.functional.selu,
+    operator.setitem: assigned,
 }  # fmt: skip
 #: Methods that end in an underscore and yet write no numbers.
 HARMLESS = ("requires_grad_", "detach_", "share_memory_", "rename_")
@@ -62,7 +64,7 @@ _FRESH = """
     avg_pool3d adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_pool3d adaptive_max_pool1d adaptive_max_pool2d
     adaptive_max_pool3d lp_pool2d interpolate grid_sample cat concat concatenate stack clone mean sum amax amin prod
     std var norm argmax argmin cumsum exp log abs sqrt rsqrt square reciprocal sin cos erf sign maximum minimum
-    where zeros_like ones_like full_like scaled_dot_product_attention index_select gather roll flip
+    pad where zeros_like ones_like full_like scaled_dot_product_attention index_select gather roll flip
 """
 FRESH = frozenset(_FRESH.split())
 META_KEY = "fxrep_in_place"
@@ -116,8 +118,8 @@ class Writes:
 def functionalize(graph: Graph, modules: dict[str, nn.Module]) -> Writes:
     """Turns in-place ops into new versions of their value, in `graph`, and tells of those that cannot be followed.
 
-    Those are writes to a slice, to the network's own input or to a parameter, and whatever a module or function that
-    nothing is known about may do to what it is given.
+    Those are writes into a value of which a view is read later, to the network's own input or to a parameter, and
+    whatever a module or function that nothing is known about may do to what it is given.
     """
     memory = _Memory()
     pinned: set[str] = set()
@@ -165,7 +167,7 @@ def _written_operand(node: Node, modules: dict[str, nn.Module]) -> Node | None:
     if isinstance(out := node.kwargs.get("out"), Node):
         return out
     name = getattr(node.target, "__name__", "")
-    known = node.target in OPERATORS or node.target in FUNCTIONS or node.target is operator.setitem
+    known = node.target in OPERATORS or node.target in FUNCTIONS
     writes = known or node.kwargs.get("inplace") is True or (name.endswith("_") and not name.endswith("__"))
     return first if writes else None
 
@@ -180,7 +182,7 @@ def _is_fresh(node: Node, modules: dict[str, nn.Module]) -> bool:
         return False
     if node.op == "call_module":
         return type(modules[str(node.target)]) not in (*IDENTITY_MODULES, *VIEW_MODULES)
-    return str(getattr(node.target, "__name__", node.target)) in FRESH
+    return node.target is assigned or str(getattr(node.target, "__name__", node.target)) in FRESH
 
 
 def _is_known(node: Node, modules: dict[str, nn.Module]) -> bool:
@@ -188,7 +190,7 @@ def _is_known(node: Node, modules: dict[str, nn.Module]) -> bool:
     if node.op == "call_module":
         module = modules[str(node.target)]
         return type(module).__module__.startswith("torch.nn") and not is_hooked(module)
-    if node.op == "call_function":
+    if node.op == "call_function" and node.target is not assigned:
         origin = str(getattr(node.target, "__module__", None) or "torch")
         return origin.split(".")[0] in ("torch", "_operator", "operator", "math", "builtins")
     return True
@@ -245,11 +247,29 @@ def _make_functional(node: Node, modules: dict[str, nn.Module]) -> bool:
 
 def restore(graph: Graph, ours: set[Node], modules: dict[str, nn.Module]) -> None:
     """Turns ops back in place where what they write to was made for them alone: a fresh value with one reader."""
-    for node in graph.nodes:
-        before: InPlace | None = node.meta.pop(META_KEY, None)
-        operand = node.args[0] if node.args else None
-        if before is None or not isinstance(operand, Node) or len(operand.users) != 1:
-            continue
-        if operand in ours or (operand.op.startswith("call") and _is_fresh(operand, modules)):
+    alone = {node: _is_alone(node, ours, modules) for node in graph.nodes if META_KEY in node.meta}
+    for node, may_write in alone.items():
+        before: InPlace = node.meta.pop(META_KEY)
+        if before.target is operator.setitem:
+            _assign(graph, node, may_write)
+        elif may_write:
             node.target = before.target
             node.kwargs = {**node.kwargs, **({"inplace": True} if "inplace" in before.kwargs else {})}
+
+
+def _is_alone(node: Node, ours: set[Node], modules: dict[str, nn.Module]) -> bool:
+    operand = node.args[0] if node.args else None
+    if not isinstance(operand, Node) or len(operand.users) != 1:
+        return False
+    return operand in ours or (operand.op.startswith("call") and _is_fresh(operand, modules))
+
+
+def _assign(graph: Graph, node: Node, may_write: bool) -> None:
+    """An assignment as torch has it: into the value itself, or into a copy; later readers read what was written to."""
+    target, *rest = node.args
+    assert isinstance(target, Node), "only values of the network are written"
+    if not may_write:
+        with graph.inserting_before(node):
+            target = graph.call_function(torch.clone, (target,))
+    node.replace_all_uses_with(target)
+    node.target, node.args = operator.setitem, (target, *rest)

@@ -70,7 +70,7 @@ def make_plan(problem: Problem, profile: Profile, strict: bool = False) -> Plan:
     `strict` allows no kernel with zeros that the model does not multiply by: 0·∞ is not a number.
     """
     state = _State(problem, profile, strict)
-    todo = deque(problem.forms)
+    todo = deque(name for name in problem.forms if problem.readers[name])
     while todo:
         node = todo.popleft()
         if node not in state.removed:
@@ -276,6 +276,8 @@ class _State:
     def _lower(self, node: str, form: AffineForm, check: bool = False) -> Recipe:
         strict = check and self.strict
         recipe = lower(form, lambda r: inf if strict and r.has_zeros else self._seconds(node, r))
+        if check and any(e.pads_by_channel for e in recipe.emits):
+            raise Illegal("pad-value", "the padding value differs from channel to channel, which no layer offers")
         if check and recipe.dims == 0:
             self._check_rows(self.problem.shapes.of[node], recipe)
         if strict and recipe.has_zeros:

@@ -116,6 +116,11 @@ class Shapes:
             return len(shape.tail)
         return self.ranks.get(shape.root)
 
+    def least_rank(self, shape: Shape) -> int:
+        """How many axes there are at least: those that are spelled out, or that an op asked a size of."""
+        asked = [-axis.index for axis in self.sizes if axis.root == shape.root]
+        return max(len(shape.tail), *asked) if asked else len(shape.tail)
+
     def require_rank(self, shape: Shape, rank: int) -> None:
         """An op that takes only `rank` axes accepted this value."""
         if shape.root is not None and self.ranks.setdefault(shape.root, rank) != rank:

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import test_readers_arithmetic
+import test_readers_borders
 import test_readers_channels
 import test_readers_convolution
 import test_readers_normalization
@@ -16,11 +17,12 @@ import torch
 from reader_cases import Case, targets_of
 from torch import nn
 
+from fxrep.mutation import FUNCTIONS
 from fxrep.readers import reader, registered
 
 FILES = (
-    test_readers_arithmetic, test_readers_channels, test_readers_convolution, test_readers_normalization,
-    test_readers_pooling, test_readers_views,
+    test_readers_arithmetic, test_readers_borders, test_readers_channels, test_readers_convolution,
+    test_readers_normalization, test_readers_pooling, test_readers_views,
 )  # fmt: skip
 
 
@@ -35,7 +37,7 @@ def used() -> frozenset[Any]:
 
 def _used_by(case: Case) -> set[Any]:
     try:
-        return targets_of(case.network())
+        return {FUNCTIONS.get(target, target) for target in targets_of(case.network())}
     except (torch.fx.proxy.TraceError, TypeError):  # networks that cannot be traced are cases as well
         return set()
 

@@ -46,7 +46,7 @@ def read_mul(at: Call) -> AffineForm:
     x, gain = (b, a) if at.is_value(b) else (a, b)
     if at.is_value(gain):
         raise Illegal("not-affine", "both factors depend on the network's input")
-    vector, dims = _per_channel(at, x, at.constant(gain))
+    vector, dims = per_channel(at, x, at.constant(gain))
     return at.value(x).scale(vector, dims=dims)
 
 
@@ -56,7 +56,7 @@ def read_div(at: Call) -> AffineForm:
     x, divisor, rounding = at.bind("input other rounding_mode", rounding_mode=None)
     if rounding is not None or not at.is_value(x) or at.is_value(divisor):
         raise Illegal("not-affine", "it divides by a value of the network, or rounds")
-    vector, dims = _per_channel(at, x, at.constant(divisor))
+    vector, dims = per_channel(at, x, at.constant(divisor))
     return at.value(x).scale(K.Map(vector.shape, torch.reciprocal, (vector,)), dims=dims)
 
 
@@ -134,7 +134,7 @@ def _combine(at: Call, a: Any, alpha: Any, b: Any, beta: Any) -> AffineForm:
         return result if aligned else AffineForm(result.parts, result.dims, aligned=False)
     if at.is_value(b):
         a, alpha, b, beta = b, beta, a, alpha
-    vector, dims = _per_channel(at, a, at.constant(b))
+    vector, dims = per_channel(at, a, at.constant(b))
     scaled = _weighted(at, a, alpha)
     shift = vector if beta == 1 else K.scale(vector, K.Constant((), float(beta)))
     return scaled + forms.constant(shift, dims)
@@ -162,7 +162,7 @@ def _require_addable(at: Call, a: Node, b: Node) -> bool:
     raise Illegal("broadcast", f"{a.name} and {b.name} are not provably of one size")
 
 
-def _per_channel(at: Call, x: Any, constant: Kernel) -> tuple[Kernel, int | None]:
+def per_channel(at: Call, x: Any, constant: Kernel) -> tuple[Kernel, int | None]:
     """A constant as (vector of shape (C,), dims), or as (scalar, None), for the axis of `x` along which it varies."""
     shape = constant.shape
     if prod(shape) == 1:
@@ -181,5 +181,5 @@ def _per_channel(at: Call, x: Any, constant: Kernel) -> tuple[Kernel, int | None
 
 def _require_no_new_axes(at: Call, x: Node, axes: int) -> None:
     known = len(at.shape(x).tail)
-    if axes > known and axes > at.rank(x):
+    if axes > known and axes > at.shapes.least_rank(at.shape(x)) and axes > at.rank(x):
         raise Illegal("broadcast", f"a constant with {axes} axes adds axes to {x.name}")

@@ -105,6 +105,8 @@ def _piece_of_split(at: Call, split: Node, index: Any) -> AffineForm:
         )
     x, sizes, axis = inner.bind(names, dim=0)
     dims = -1 - at.from_end(x, axis)
+    if isinstance(sizes, (tuple, list)) and all(isinstance(s, int) for s in sizes):
+        at.require_channels(x, dims, sum(sizes))  # torch accepts no other
     bounds = _bounds(at, split, at.channels(x, dims), sizes)
     if not isinstance(index, int) or not -len(bounds) <= index < len(bounds):
         raise Illegal("shape-unknown", "the piece is chosen at run time")
@@ -127,6 +129,15 @@ def _bounds(at: Call, split: Node, channels: int, sizes: Any) -> list[tuple[int,
 def _slice(at: Call, x: Any, index: Any) -> AffineForm:
     if not at.is_value(x):
         raise Illegal("not-affine", "it picks from something that is not a tensor of the network")
+    axis, cut = only_slice(index)
+    if not all(b is None or isinstance(b, int) for b in (cut.start, cut.stop, cut.step)):
+        raise Illegal("shape-unknown", "the range is computed at run time")
+    dims = -1 - at.from_end(x, axis)
+    return _rows(at, x, dims, range(at.channels(x, dims))[cut])
+
+
+def only_slice(index: Any) -> tuple[int, slice]:
+    """The axis that an index slices, and how. Raises Illegal for one that does anything else."""
     entries = index if isinstance(index, tuple) else (index,)
     if not all(e is Ellipsis or isinstance(e, slice) for e in entries):
         raise Illegal("not-affine", "it indexes, and does not only slice")
@@ -134,13 +145,7 @@ def _slice(at: Call, x: Any, index: Any) -> AffineForm:
     if len(cut) != 1:
         raise Illegal("not-affine", "it slices several axes, or none")
     position = cut[0]
-    after_dots = Ellipsis in entries[:position]
-    axis = position - len(entries) if after_dots else position
-    cut_slice = entries[position]
-    if not all(b is None or isinstance(b, int) for b in (cut_slice.start, cut_slice.stop, cut_slice.step)):
-        raise Illegal("shape-unknown", "the range is computed at run time")
-    dims = -1 - at.from_end(x, axis)
-    return _rows(at, x, dims, range(at.channels(x, dims))[cut_slice])
+    return (position - len(entries) if Ellipsis in entries[:position] else position), entries[position]
 
 
 def _rows(at: Call, x: Node, dims: int, rows: Any) -> AffineForm:
