@@ -58,7 +58,9 @@ def medians(calls: Mapping[str, Callable[[], Any]], rounds: int) -> dict[str, tu
             start = time.process_time(), time.perf_counter()
             call()
             taken[name].append((time.process_time() - start[0], time.perf_counter() - start[1]))
-    return {n: (statistics.median(c for c, _ in t[1:]), statistics.median(w for _, w in t[1:])) for n, t in taken.items()}
+    return {
+        n: (statistics.median(c for c, _ in t[1:]), statistics.median(w for _, w in t[1:])) for n, t in taken.items()
+    }
 
 
 def time_of_the_pass(rounds: int) -> str:

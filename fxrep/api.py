@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import inspect
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor, nn
@@ -11,12 +13,13 @@ from torch.fx import GraphModule
 from torch.nn.parameter import UninitializedParameter
 
 from fxrep.census import census_of_module
+from fxrep.copying import structural_copy
 from fxrep.cost import Profile, profile_for
 from fxrep.errors import FxrepError, Refusal
 from fxrep.ownership import carry_attributes, own_tensors
 from fxrep.pipeline import Pipeline
 from fxrep.report import Report
-from fxrep.trace import structural_copy, trace
+from fxrep.trace import trace
 
 Examples = Tensor | tuple[Any, ...] | list[Any] | Mapping[str, Any] | None
 
@@ -48,14 +51,15 @@ def reparameterize(
         FxrepError: `model` is no module, or `example_inputs` do not fit its forward.
     """
     _check_model(model)
-    root = structural_copy(model)
     examples = _bind(model, example_inputs)
-    traced = trace(root, examples)
-    name = type(model).__name__
-    if isinstance(traced, Refusal):
-        return _finished(root, root, model, _untraceable(model, traced), inplace)
-    collapsed, report = Pipeline(name, traced, examples, profile or _profile(model), strict).rewrite(inplace)
-    return _finished(collapsed, root, model, report, inplace)
+    with _no_collections():
+        root = structural_copy(model)
+        traced = trace(root, examples)
+        name = type(model).__name__
+        if isinstance(traced, Refusal):
+            return _finished(root, root, model, _untraceable(model, traced), inplace)
+        collapsed, report = Pipeline(name, traced, examples, profile or _profile(model), strict).rewrite(inplace)
+        return _finished(collapsed, root, model, report, inplace)
 
 
 def explain(
@@ -69,6 +73,18 @@ def explain(
     if isinstance(traced, Refusal):
         return _untraceable(model, traced)
     return Pipeline(name, traced, examples, profile or _profile(model), strict).explain()
+
+
+@contextmanager
+def _no_collections() -> Iterator[None]:
+    """Many small objects are made here, all of them needed: each collection would look at the whole process in vain."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
 
 
 def _untraceable(model: nn.Module, refusal: Refusal) -> Report:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -12,14 +13,16 @@ from torch.fx import Node
 
 from fxrep import kernel as K
 from fxrep.affine import AffineConv
-from fxrep.depthwise import ByTaps
+from fxrep.double import CONVERTED, InDouble
 from fxrep.errors import Refusal
 from fxrep.evaluation import Doubles, evaluate
-from fxrep.fold import Folded, run
+from fxrep.fold import Folded, run, sketch_of
+from fxrep.lower import Recipe
 from fxrep.parts import Anchor
 from fxrep.plan import Decision
 from fxrep.readers import Readings, is_bypass
 from fxrep.shapes import Axis, Dim, Shape, free_axes
+from fxrep.sketch import sketched
 
 TOLERANCE = 1e-8  # relative to the largest output, in float64: some 1e7 units of rounding
 SEED = 0x5EED
@@ -48,19 +51,34 @@ def _difference(decision: Decision, folded: Mapping[int, Folded], interpreter: _
     """How the fold differs from its sub-graph on maps that are `extra` larger than the least, or None."""
     try:
         interpreter.restart(_draw(decision, interpreter.readings, extra, _device(folded)))
-        with ByTaps(), warnings.catch_warnings():
+        with InDouble(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             anchors = {s: interpreter.value(s) for s in decision.recipe.form.sources}
             expected = interpreter.value(decision.node)
             got = run(decision.recipe, folded, lambda a: _rows(anchors[a.source], a, decision.recipe.dims or 0))
     except Exception as error:  # any failure to run it means that it is not certified
         return f"could not be run: {type(error).__name__}: {' '.join(str(error).split())[:160]}"
-    if got.shape != expected.shape:
-        return f"gives the shape {tuple(got.shape)}, not {tuple(expected.shape)}"
-    distance, scale = (got - expected).abs().max(), expected.abs().max()
-    if distance <= TOLERANCE * (scale + _spread(anchors)):
-        return None
-    return f"differs by {distance:.2g} where the values are up to {scale:.2g}"
+    return _compared(decision.recipe, got, expected, _spread(anchors))
+
+
+def _compared(recipe: Recipe, got: Sequence[Tensor], expected: Tensor, spread: float) -> str | None:
+    """How the parts differ from the channels of `expected` that they stand for."""
+    axis, start, scale = -(recipe.dims or 0) - 1, 0, expected.abs().max()
+    for part, value in zip(recipe.parts, got, strict=True):
+        sketch = sketch_of(part)
+        width = expected.shape[axis] - start if len(got) == 1 else sketch[1] if sketch else value.shape[axis]
+        if start + width > expected.shape[axis]:
+            return f"gives more channels than {expected.shape[axis]}"
+        wanted = expected if len(got) == 1 else expected.narrow(axis, start, width)
+        if sketch is not None:
+            wanted = sketched(wanted, sketch[0], axis, sketch[1])
+        if value.shape != wanted.shape:
+            return f"gives another shape than {tuple(expected.shape)}"
+        distance = (value - wanted).abs().max()
+        if not distance <= TOLERANCE * (scale + spread):  # a nan is a difference too
+            return f"differs by {distance:.2g} where the values are up to {scale:.2g}"
+        start += width
+    return None if len(got) == 1 or start == expected.shape[axis] else f"gives {start} channels"
 
 
 def _failed(decision: Decision, fact: str) -> Refusal:
@@ -234,6 +252,17 @@ class _Interpreter:
 
     def _call(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The module's forward with its parameters and buffers in float64, without changing it."""
-        tensors = [*module.named_parameters(), *module.named_buffers()]
-        state = {n: self.doubles.of(t) if t.is_floating_point() else t for n, t in tensors}
-        return torch.func.functional_call(module, state, args, kwargs)
+        if module._modules or "forward" in vars(module):
+            tensors = [*module.named_parameters(), *module.named_buffers()]
+            return torch.func.functional_call(module, {n: self._double(t) for n, t in tensors}, args, kwargs)
+        twin = copy.copy(module)
+        lazily = type(module).forward in CONVERTED
+        for store in ("_parameters", "_buffers"):
+            found: dict[str, Tensor | None] = vars(module)[store]
+            vars(twin)[store] = {
+                n: t if t is None or (lazily and t.ndim > 1) else self._double(t) for n, t in found.items()
+            }
+        return twin.forward(*args, **kwargs)
+
+    def _double(self, tensor: Tensor) -> Tensor:
+        return self.doubles.of(tensor) if tensor.is_floating_point() else tensor

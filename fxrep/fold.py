@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from math import gcd
 from typing import Any
 
 import torch
@@ -16,6 +17,8 @@ from fxrep.errors import Illegal
 from fxrep.evaluation import Doubles, evaluate
 from fxrep.lower import Emit, Recipe, needs_explicit_pad
 from fxrep.parts import Anchor
+from fxrep.rows import blocks
+from fxrep.sketch import gathered, rows_sketched, sketched
 
 CONV_LAYERS: dict[tuple[int, bool], type[nn.Module]] = {
     (1, False): nn.Conv1d, (2, False): nn.Conv2d, (3, False): nn.Conv3d,
@@ -37,20 +40,17 @@ class Like:
 
 @dataclass(frozen=True, eq=False)
 class Folded:
-    """An emit with its numbers: `weight` in the layout of its torch layer, or a scale; float64 until `cast`."""
+    """An emit with its numbers: `weight` in the layout of its torch layer, or a scale, cast once from float64.
+
+    `proof` is what the certificate runs, in float64: a scale and its shift as they are, an operator as its sketch.
+    """
 
     emit: Emit
     weight: Tensor | None
     bias: Tensor | None
     fill: float
     like: Like
-
-    def cast(self) -> Folded:
-        """The numbers in their final dtype: the one rounding of a fold."""
-        weight, bias = (None if t is None else t.to(self.like.dtype) for t in (self.weight, self.bias))
-        if weight is not None and weight.ndim == 4 and self.like.channels_last:
-            weight = weight.contiguous(memory_format=torch.channels_last)
-        return replace(self, weight=weight, bias=bias)
+    proof: tuple[Tensor | None, Tensor | None] = (None, None)
 
 
 def fold(emit: Emit, doubles: Doubles, default: Like | None = None) -> Folded:
@@ -63,19 +63,34 @@ def fold(emit: Emit, doubles: Doubles, default: Like | None = None) -> Folded:
     like = default if emit.is_pass else _like([leaf.tensor for leaf in K.leaves(weight, bias)], default)
     if like is None:
         raise Illegal("dtype-unknown", "its weights would be constants, and no parameter says of which dtype")
-    with torch.no_grad():
-        w, b = (None if k is None else _own(k, doubles).to(like.device) for k in (weight, bias))
-        if w is not None and emit.operator is not None and emit.operator.transposed:
-            w = _columns_first(w, emit.operator.groups)
     fill = emit.operator.fill.value if emit.operator and isinstance(emit.operator.fill, K.Constant) else 0.0
-    return Folded(emit, w, b, fill, like)
+    with torch.no_grad():
+        if emit.operator is None:
+            w, b = (None if k is None else evaluate(k, doubles).to(like.device) for k in (weight, bias))
+            return Folded(emit, _cast(w, like), _cast(b, like), fill, like, (w, b))
+        return _folded_operator(emit, emit.operator, doubles, fill, like)
 
 
-def _own(kernel: K.Kernel, doubles: Doubles) -> Tensor:
-    """The numbers of the kernel: a copy where they are only another view of a parameter."""
-    value = evaluate(kernel, doubles)
-    storages = {doubles(leaf).untyped_storage().data_ptr() for leaf in K.leaves(kernel)}
-    return value.clone() if value.untyped_storage().data_ptr() in storages else value
+def _folded_operator(emit: Emit, operator: AffineConv, doubles: Doubles, fill: float, like: Like) -> Folded:
+    channels, groups = operator.out_channels, operator.groups
+    weight = torch.empty(operator.weight.shape, dtype=like.dtype, device=like.device)
+    sketch = torch.zeros((groups, *operator.weight.shape[1:]), dtype=torch.float64, device=like.device)
+    for start, block in blocks(operator.weight, doubles):
+        block = block.to(like.device)
+        weight[start : start + len(block)] = block
+        rows_sketched(block, start, channels, sketch)
+    bias = None if operator.bias is None else evaluate(operator.bias, doubles).to(like.device)
+    summed = None if bias is None else sketched(bias, groups, -1, channels)
+    if operator.transposed:
+        weight, sketch = (_columns_first(w, groups) for w in (weight, sketch))
+    if weight.ndim == 4 and like.channels_last:
+        weight = weight.contiguous(memory_format=torch.channels_last)
+    return Folded(emit, weight, _cast(bias, like), fill, like, (sketch, summed))
+
+
+def _cast(value: Tensor | None, like: Like) -> Tensor | None:
+    """A tensor of its own in its final dtype: the one rounding of a fold."""
+    return None if value is None else value.to(like.dtype, copy=True)
 
 
 def like_of(model: nn.Module) -> Like | None:
@@ -149,20 +164,37 @@ def _empty_layer(operator: AffineConv) -> nn.Module:
     return layer(*channels, operator.taps, bias=bias, device="meta", **options)
 
 
-def run(recipe: Recipe, folded: Mapping[int, Folded], values: Callable[[Anchor], Tensor]) -> Tensor:
-    """The recipe on numbers, in their dtype; what the certificate compares."""
-    parts = []
-    for part in recipe.parts:
-        total = None
-        for emit in part:
-            term = _run_emit(folded[id(emit)], values(emit.anchor), recipe.dims or 0)
-            total = term if total is None else total + term
-        parts.append(total)
-    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-(recipe.dims or 0) - 1)  # type: ignore[arg-type,return-value]
+def run(recipe: Recipe, folded: Mapping[int, Folded], values: Callable[[Anchor], Tensor]) -> list[Tensor]:
+    """The proof of each part of the recipe on numbers: sketched where an operator is in it, else as it is."""
+    return [_run_part(part, folded, values, recipe.dims or 0) for part in recipe.parts]
+
+
+def sketch_of(part: Sequence[Emit]) -> tuple[int, int] | None:
+    """Into how many groups the channels of a part are summed, and how many they are; None: they are not summed."""
+    operators = [e.operator for e in part if e.operator is not None]
+    return (gcd(*(o.groups for o in operators)), operators[0].out_channels) if operators else None
+
+
+def _run_part(
+    part: Sequence[Emit], folded: Mapping[int, Folded], values: Callable[[Anchor], Tensor], dims: int
+) -> Tensor:
+    sketch, axis = sketch_of(part), -dims - 1
+    total = None
+    for emit in part:
+        term = _run_emit(folded[id(emit)], values(emit.anchor), dims)
+        if sketch is not None:
+            term = (
+                gathered(term, sketch[0], axis)
+                if emit.operator is not None
+                else sketched(term, sketch[0], axis, sketch[1])
+            )
+        total = term if total is None else total + term
+    assert total is not None
+    return total
 
 
 def _run_emit(folded: Folded, x: Tensor, dims: int) -> Tensor:
-    operator, weight, bias = folded.emit.operator, folded.weight, folded.bias
+    operator, (weight, bias) = folded.emit.operator, folded.proof
     if operator is not None:
         return _run_operator(operator, folded, x)
     if weight is not None:
@@ -173,7 +205,7 @@ def _run_emit(folded: Folded, x: Tensor, dims: int) -> Tensor:
 
 
 def _run_operator(operator: AffineConv, folded: Folded, x: Tensor) -> Tensor:
-    weight, bias = folded.weight, folded.bias
+    weight, bias = folded.proof
     assert weight is not None
     if not operator.dims:
         return F.linear(x, weight, bias)

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
+from fxrep.copying import HOOKS
 from fxrep.fold import Folded
 from fxrep.plan import Decision, Plan
 from fxrep.readers.walk import attribute_of
-from fxrep.trace import HOOKS
 
 
 class Ledger:

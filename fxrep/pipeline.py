@@ -56,8 +56,7 @@ class Pipeline:
                 if ledger:
                     ledger.keep(decision)
                 continue
-            cast = [f.cast() for f in numbers]
-            folded |= {id(f.emit): f for f in (ledger.settle(decision, cast) if ledger else cast)}
+            folded |= {id(f.emit): f for f in (ledger.settle(decision, numbers) if ledger else numbers)}
         rewriter = Rewriter(self.graph, plan, self.readings, self.modules, folded)
         collapsed = rewriter.write(self.name)
         sizes = {*self.readings.facts.scalars, *rewriter.numbers}

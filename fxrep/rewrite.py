@@ -5,6 +5,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from itertools import chain, count
 from typing import Any
 
 import torch
@@ -226,7 +227,7 @@ def layer_names(plan: Plan, nodes: Mapping[str, Node], modules: Mapping[str, nn.
         scope = _common_scope([nodes[r] for r in (*decision.inlined, decision.node)], leaves)
         stem = f"{scope}.reparam" if scope else "reparam"
         for emit in decision.recipe.emits:
-            numbered = (stem, *(f"{stem}_{i}" for i in range(1, len(taken) + 2)))
+            numbered = chain((stem,), (f"{stem}_{i}" for i in count(1)))
             name = next(n for n in numbered if n not in taken and not hasattr(modules.get(scope), n.rpartition(".")[2]))
             if emit.anchor.rows is not None or not (emit.is_pass or emit.is_pad):
                 taken.add(name)

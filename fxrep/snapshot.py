@@ -72,6 +72,7 @@ class Snapshot:
 
 
 _STORES = ("_buffers", "_parameters")
+_PLAIN = frozenset(vars(nn.Module()))
 
 
 def _attributes(module: nn.Module) -> dict[str, Any]:
@@ -79,8 +80,7 @@ def _attributes(module: nn.Module) -> dict[str, Any]:
 
 
 def _containers(module: nn.Module) -> Iterator[tuple[str, Any]]:
-    plain = vars(nn.Module())
-    return ((k, v.copy()) for k, v in vars(module).items() if k not in plain and isinstance(v, (list, dict, set)))
+    return ((k, v.copy()) for k, v in vars(module).items() if isinstance(v, (list, dict, set)) and k not in _PLAIN)
 
 
 def _buffers(module: nn.Module) -> Iterator[Tensor]:

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import copy
 import inspect
 import operator
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,7 +12,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.overrides import TorchFunctionMode
 
-from fxrep.errors import FxrepError, Refusal
+from fxrep.errors import Refusal
 from fxrep.readers import is_hooked
 from fxrep.snapshot import Snapshot
 
@@ -28,10 +27,6 @@ RANDOM_FACTORIES = (
     "randint_like",
     "bernoulli",
 )
-HOOKS = (
-    "_forward_hooks", "_forward_pre_hooks", "_forward_hooks_with_kwargs", "_forward_pre_hooks_with_kwargs",
-    "_forward_hooks_always_called",
-)  # fmt: skip
 SPLIT_SIZES = ("chunks", "split_size", "split_size_or_sections")
 
 
@@ -43,41 +38,6 @@ class Traced:
     graph: fx.Graph
     kept: tuple[Refusal, ...] = ()
     modules: dict[str, nn.Module] = field(default_factory=dict)
-
-
-def structural_copy(model: nn.Module) -> nn.Module:
-    """New module objects around the *same* parameters and hooks, in eval mode: tracing it cannot touch the original."""
-    memo: dict[int, Any] = {}
-    for module in model.modules():
-        tensors = [p for p in module._parameters.values() if p is not None]
-        memo.update({id(t): t for t in tensors})
-        computed = [t for t in _tensors(vars(module)) if not t.is_leaf]  # which cannot be deep-copied as they are
-        memo.update({id(t): t.detach().clone() for t in computed})
-        hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
-        memo.update({id(h): h for kind in hooks for h in kind.values()})
-    try:
-        copied = copy.deepcopy(model, memo).eval()
-    except Exception as error:
-        name = type(model).__name__
-        raise FxrepError(
-            f"{name} cannot be copied ({error}); fxrep works on a copy, to leave your model as it is. "
-            "Remove what cannot be copied (open files, locks, generators) from the module's attributes."
-        ) from error
-    for old, new in zip(model.modules(), copied.modules(), strict=True):
-        for name, attribute in vars(old).items():  # a GraphModule loses its plain attributes when it is copied
-            vars(new).setdefault(name, attribute)
-        for name in HOOKS:  # and its hooks
-            vars(new)[name].update(vars(old)[name])
-    return copied
-
-
-def _tensors(value: Any) -> Iterator[Tensor]:
-    """The tensors in a structure of dicts, lists and tuples."""
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, (dict, list, tuple)):
-        for entry in value.values() if isinstance(value, dict) else value:
-            yield from _tensors(entry)
 
 
 def trace(root: nn.Module, examples: Mapping[str, Any] | None = None) -> Traced | Refusal:

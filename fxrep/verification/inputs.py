@@ -13,10 +13,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
+from fxrep.copying import structural_copy
 from fxrep.errors import FxrepError, Refusal
 from fxrep.mutation import functionalize
 from fxrep.readers import read_graph
-from fxrep.trace import structural_copy, trace
+from fxrep.trace import trace
 
 Examples = Tensor | tuple[Any, ...] | list[Any] | Mapping[str, Any] | None
 Attempt = Callable[["Case"], str | None]

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from fxrep.copying import structural_copy
 from fxrep.ownership import own_tensors
-from fxrep.trace import structural_copy
 from fxrep.verification.compare import Leaf, leaves
 from fxrep.verification.inputs import Case
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from fxrep.depthwise import ByTaps
+from fxrep.double import InDouble
 
 CONVOLVE = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 # stride, padding, dilation
@@ -23,7 +23,7 @@ def test_it_is_torchs_convolution(dims, name, bias):
     weight = torch.randn(6, 1, *(3, 2, 3)[:dims], dtype=torch.float64)
     vector = torch.randn(6, dtype=torch.float64) if bias else None
     expected = CONVOLVE[dims](x, weight, vector, *GEOMETRY[name], groups=6)
-    with ByTaps():
+    with InDouble():
         got = CONVOLVE[dims](x, weight, vector, *GEOMETRY[name], groups=6)
     assert got.shape == expected.shape
     assert torch.allclose(got, expected, rtol=0, atol=1e-14)
@@ -33,7 +33,7 @@ def test_different_geometry_on_each_axis():
     x, weight = torch.randn(1, 4, 11, 12, dtype=torch.float64), torch.randn(4, 1, 3, 1, dtype=torch.float64)
     arguments = {"stride": (2, 1), "padding": (0, 3), "dilation": (2, 1), "groups": 4}
     expected = F.conv2d(x, weight, **arguments)
-    with ByTaps():
+    with InDouble():
         assert torch.allclose(F.conv2d(x, weight, **arguments), expected, rtol=0, atol=1e-14)
 
 
@@ -46,11 +46,11 @@ def test_different_geometry_on_each_axis():
 def test_all_else_is_torchs_own(shape, options):
     x, weight = torch.randn(1, 4, 9, 9, dtype=torch.float64), torch.randn(shape, dtype=torch.float64)
     expected = F.conv2d(x, weight, **options)
-    with ByTaps():
+    with InDouble():
         assert torch.equal(F.conv2d(x, weight, **options), expected)
 
 
 def test_an_unbatched_map_is_torchs_own():
     x, weight = torch.randn(4, 9, 9, dtype=torch.float64), torch.randn(4, 1, 3, 3, dtype=torch.float64)
-    with ByTaps():
+    with InDouble():
         assert F.conv2d(x, weight, groups=4).shape == (4, 7, 7)

@@ -1,0 +1,102 @@
+"""A model's module objects anew, around the same parameters: what traces and rewrites it cannot touch the original."""
+
+from __future__ import annotations
+
+import copy
+from collections import OrderedDict
+from collections.abc import Iterator
+from typing import Any
+
+from torch import Tensor, nn
+
+from fxrep.errors import FxrepError
+
+HOOKS = (
+    "_forward_hooks", "_forward_pre_hooks", "_forward_hooks_with_kwargs", "_forward_pre_hooks_with_kwargs",
+    "_forward_hooks_always_called",
+)  # fmt: skip
+#: Methods by which a class says how its objects are copied; nn.Module's own do nothing but restore attributes.
+OWN_COPY = ("__deepcopy__", "__reduce__", "__reduce_ex__", "__getstate__", "__setstate__", "__new__", "__getnewargs__",
+            "__getnewargs_ex__")  # fmt: skip
+
+ATOMS = (bool, int, float, complex, str, bytes, type(None), type)
+
+
+def structural_copy(model: nn.Module) -> nn.Module:
+    """New module objects around the *same* parameters and hooks, in eval mode: tracing it cannot touch the original."""
+    memo: dict[int, Any] = {}
+    modules = list(model.modules())
+    for module in modules:
+        memo.update({id(p): p for p in module._parameters.values() if p is not None})
+        computed = [t for t in _tensors(vars(module)) if not t.is_leaf]  # which cannot be deep-copied as they are
+        memo.update({id(t): t.detach().clone() for t in computed})
+        hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
+        memo.update({id(h): h for kind in hooks for h in kind.values()})
+    try:
+        copied = _copied(model, memo).eval()
+    except Exception as error:
+        name = type(model).__name__
+        raise FxrepError(
+            f"{name} cannot be copied ({error}); fxrep works on a copy, to leave your model as it is. "
+            "Remove what cannot be copied (open files, locks, generators) from the module's attributes."
+        ) from error
+    for old, new in zip(modules, copied.modules(), strict=True):
+        if not _is_plain(type(old)):
+            _complete(old, new)
+    return copied
+
+
+def _complete(old: nn.Module, new: nn.Module) -> None:
+    """What a module that copies itself loses by it: a GraphModule its plain attributes and its hooks."""
+    for name, attribute in vars(old).items():
+        vars(new).setdefault(name, attribute)
+    for name in HOOKS:
+        vars(new)[name].update(vars(old)[name])
+
+
+def _copied(value: Any, memo: dict[int, Any]) -> Any:
+    """`copy.deepcopy`, quicker on what module trees are made of: deepcopy asks each object how it wants to be copied."""
+    if isinstance(value, ATOMS):
+        return value
+    if id(value) in memo:
+        return memo[id(value)]
+    made: Any
+    kind = type(value)
+    if kind is Tensor and value.is_leaf and not value.requires_grad:
+        made = memo[id(value)] = value.clone()
+        return made
+    if kind is dict or kind is OrderedDict:
+        made = memo[id(value)] = kind()
+        made.update({_copied(k, memo): _copied(v, memo) for k, v in value.items()} if value else ())
+        return made
+    if isinstance(value, nn.Module) and _is_plain(kind):
+        made = memo[id(value)] = kind.__new__(kind)
+        vars(made).update({name: _copied(attribute, memo) for name, attribute in vars(value).items()})
+        return made
+    return copy.deepcopy(value, memo)
+
+
+_PLAIN: dict[type, bool] = {}
+
+
+def _is_plain(kind: type) -> bool:
+    """Whether the objects of a module class are copied attribute by attribute."""
+    if kind not in _PLAIN:
+        _PLAIN[kind] = all(
+            getattr(kind, m, None) is getattr(nn.Module, m, None) or _is_torchs(kind, m) for m in OWN_COPY
+        )
+    return _PLAIN[kind]
+
+
+def _is_torchs(kind: type, method: str) -> bool:
+    """Whether it is the `__setstate__` by which a layer of torch.nn restores what its older versions lacked."""
+    return method == "__setstate__" and str(getattr(kind, method).__module__).startswith("torch.nn.modules.")
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    """The tensors in a structure of dicts, lists and tuples."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, (dict, list, tuple)):
+        for entry in value.values() if isinstance(value, dict) else value:
+            yield from _tensors(entry)
