@@ -21,7 +21,7 @@ from fxrep.lower import Recipe
 from fxrep.parts import Anchor
 from fxrep.plan import Decision
 from fxrep.readers import Readings, is_bypass
-from fxrep.shapes import Axis, Dim, Shape, free_axes
+from fxrep.shapes import Axis, Dim, Shape, Shapes, Size, free_axes
 from fxrep.sketch import sketched
 
 TOLERANCE = 1e-8  # relative to the largest output, in float64: some 1e7 units of rounding
@@ -148,15 +148,21 @@ def _axis_sizes(
         read = [(known.dim(shape, i - dims), op) for shape, op in terms]
         wanted = max(_output_size(op, i, least[dim] + extra + i % 2) for dim, op in read)
         for dim, op in read:
-            for axis in free_axes([] if dim is None else [dim]):
-                sizes.setdefault(axis, 1)
-                while (size := known.evaluate(dim or 0, lambda a: sizes.get(a, 1))) < least[dim] or (
-                    _output_size(op, i, size) < wanted
-                ):
-                    sizes[axis] += 1 if sizes[axis] < 64 else sizes[axis] // 16
-                    if sizes[axis] > 1 << 20:
-                        break
+            if dim is not None:
+                _enlarge(sizes, dim, max(least[dim], _input_size(op, i, wanted)), known)
     return sizes
+
+
+def _enlarge(sizes: dict[Axis, int], dim: Dim, enough: int, known: Shapes) -> None:
+    """Raises the sizes of the axes that `dim` depends on until it is `enough`."""
+    for axis in free_axes([dim]):
+        sizes.setdefault(axis, 1)
+        while known.evaluate(dim, lambda a: sizes.get(a, 1)) < enough and sizes[axis] < 1 << 20:
+            direct = isinstance(dim, Size) and dim.base == axis  # floor((n + add) / divide): solved
+            sizes[axis] = (
+                enough * dim.divide - dim.add  # type: ignore[union-attr]
+                if direct else sizes[axis] + max(1, sizes[axis] // 16)
+            )  # fmt: skip
 
 
 def _least(op: AffineConv | None, axis: int) -> int:
@@ -168,6 +174,16 @@ def _least(op: AffineConv | None, axis: int) -> int:
         return 1 + lo + hi
     mirrored = 0 if op.mode == "zeros" else max(lo, hi)  # torch reflects no more than there is
     return 1 + max(op.span[axis] + max(-lo, 0) + max(-hi, 0), mirrored)
+
+
+def _input_size(op: AffineConv | None, axis: int, size: int) -> int:
+    """The least input for which the output along an axis is at least `size`."""
+    if op is None:
+        return size
+    net = op.pad_lo[axis] + op.pad_hi[axis]
+    if op.transposed:
+        return -(-(size - op.span[axis] - 1 + net) // op.stride[axis]) + 1
+    return (size - 1) * op.stride[axis] - net + op.span[axis] + 1
 
 
 def _output_size(op: AffineConv | None, axis: int, size: int) -> int:

@@ -55,7 +55,7 @@ def _complete(old: nn.Module, new: nn.Module) -> None:
 
 
 def _copied(value: Any, memo: dict[int, Any]) -> Any:
-    """`copy.deepcopy`, quicker on what module trees are made of: deepcopy asks each object how it wants to be copied."""
+    """`copy.deepcopy`, quicker on what module trees are made of: it does not ask each object how to copy it."""
     if isinstance(value, ATOMS):
         return value
     if id(value) in memo:
@@ -70,7 +70,7 @@ def _copied(value: Any, memo: dict[int, Any]) -> Any:
         made.update({_copied(k, memo): _copied(v, memo) for k, v in value.items()} if value else ())
         return made
     if isinstance(value, nn.Module) and _is_plain(kind):
-        made = memo[id(value)] = kind.__new__(kind)
+        made = memo[id(value)] = object.__new__(kind)
         vars(made).update({name: _copied(attribute, memo) for name, attribute in vars(value).items()})
         return made
     return copy.deepcopy(value, memo)

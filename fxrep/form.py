@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from itertools import pairwise
 
 from fxrep import affine
@@ -62,7 +63,7 @@ class AffineForm:
     def terms(self) -> Iterator[tuple[Anchor, Term]]:
         return ((a, t) for p in self.parts for a, t in p.terms.items())
 
-    @property
+    @cached_property
     def sources(self) -> tuple[str, ...]:
         return tuple(dict.fromkeys(a.source for a, _ in self.terms))
 

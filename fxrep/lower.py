@@ -4,7 +4,7 @@ but one thing: whether parts on one anchor are stacked into one operator or stay
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from math import prod
 
@@ -71,16 +71,16 @@ class Recipe:
     def dims(self) -> int | None:
         return self.form.dims
 
-    @property
+    @cached_property
     def convolutions(self) -> int:
         """How many layers with a kernel it needs; an average pool is one."""
         return sum(e.operator is not None and not e.is_pad for e in self.emits)
 
-    @property
+    @cached_property
     def additions(self) -> int:
         return sum(len(part) - 1 for part in self.parts)
 
-    @property
+    @cached_property
     def steps(self) -> int:
         """How many operators it starts."""
         return sum(e.steps for e in self.emits) + self.additions + (len(self.parts) > 1)
@@ -180,9 +180,16 @@ class Sizes:
 
     shapes: Shapes
     examples: dict[str, tuple[int, ...]]
+    known: dict[tuple[int, int], tuple[Shape, tuple[int, ...]]] = field(default_factory=dict)
 
     def numbers(self, shape: Shape, least: int) -> tuple[int, ...]:
         """The shape in numbers, at least its last `least` axes and the batch."""
+        key = id(shape), least
+        if key not in self.known:
+            self.known[key] = shape, self._numbers(shape, least)
+        return self.known[key][1]
+
+    def _numbers(self, shape: Shape, least: int) -> tuple[int, ...]:
         rank = self.shapes.rank(shape) or max(len(shape.tail), least + 1)
         dims = [self.shapes.dim(shape, i) for i in range(-rank, 0)]
         return tuple(self.number(d, i == 0) for i, d in enumerate(dims))

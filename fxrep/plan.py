@@ -95,6 +95,21 @@ def _is_float(recipe: Recipe) -> bool:
     return recipe.convolutions > 0 or not scales or any(True for e in scales for _ in K.leaves(e.gain, e.bias))
 
 
+def _substitute(form: AffineForm, anchor: str, inner: AffineForm) -> tuple[list[AffineForm], list[Illegal]]:
+    ways: list[Join] = [merge]
+    if not set(inner.sources).isdisjoint(s for s in form.sources if s != anchor):
+        ways += [keep_apart]
+    found, refused = [], []
+    for join in ways:
+        try:
+            found.append(form.substitute(anchor, inner, join))
+        except Illegal as illegal:
+            refused.append(illegal)
+            if join is merge:
+                ways.insert(1, merge_where_legal)
+    return found, refused
+
+
 class _State:
     """The plan while it is made."""
 
@@ -108,6 +123,8 @@ class _State:
         self.removed: set[str] = set()
         self.refusals: dict[tuple[str, str], Refusal] = {}
         self.seconds: dict[str, float] = {}
+        self.known: dict[tuple[int, str, int], tuple[AffineForm, AffineForm, list[AffineForm], list[Illegal]]] = {}
+        self.lowered: dict[int, tuple[AffineForm, Recipe | Illegal, float]] = {}
         for name, form in problem.forms.items():
             self.recipes[name] = self._lower(name, form)
             self.seconds[name] = self._seconds(name, self.recipes[name])
@@ -180,7 +197,9 @@ class _State:
                 return
             anchor = max(open_, key=lambda s: self.order[s])
             inner = self.recipes[anchor].form
-            found = self._substituted(node, form, anchor, inner)
+            found, refused = self._substituted(form, anchor, inner)
+            for illegal in refused:
+                self._refuse(node, illegal.code, f"{illegal.reason} ({anchor} stays apart)", illegal.hint)
             if not found:
                 blocked.add(anchor)
                 continue
@@ -189,27 +208,31 @@ class _State:
             frontier |= set(inner.sources)
             gone |= {anchor} if self._read_only_by(anchor, node, gone) else set()
             for each in found:
-                try:
-                    recipe = self._lower(node, each, check=True)
-                except Illegal as illegal:  # no operator computes this much of the cone; a larger part may be one
-                    self._refuse(node, illegal.code, illegal.reason, illegal.hint)
+                recipe, seconds = self._priced(node, each)
+                if isinstance(recipe, Illegal):  # no operator computes this much of the cone; a larger part may be one
+                    self._refuse(node, recipe.code, recipe.reason, recipe.hint)
                     continue
-                yield _Candidate(recipe, tuple(absorbed), frozenset(gone), self._seconds(node, recipe), recipe.steps)
+                yield _Candidate(recipe, tuple(absorbed), frozenset(gone), seconds, recipe.steps)
 
-    def _substituted(self, node: str, form: AffineForm, anchor: str, inner: AffineForm) -> list[AffineForm]:
-        """The form with `anchor` inlined: added to its own terms on the same values, and apart from them."""
-        ways: list[Join] = [merge]
-        if not set(inner.sources).isdisjoint(s for s in form.sources if s != anchor):
-            ways += [keep_apart]
-        found = []
-        for join in ways:
+    def _substituted(self, form: AffineForm, anchor: str, inner: AffineForm) -> tuple[list[AffineForm], list[Illegal]]:
+        """The form with `anchor` inlined: added to its own terms on the same values, and apart from them; and why not.
+
+        Known from the last time, where the search starts again over forms that have not changed since.
+        """
+        key = id(form), anchor, id(inner)
+        if key not in self.known:
+            self.known[key] = form, inner, *_substitute(form, anchor, inner)
+        return self.known[key][2:]
+
+    def _priced(self, node: str, form: AffineForm) -> tuple[Recipe | Illegal, float]:
+        """The form as operators with their cost, or why no operator computes it."""
+        if id(form) not in self.lowered:
             try:
-                found.append(form.substitute(anchor, inner, join))
+                recipe = self._lower(node, form, check=True)
+                self.lowered[id(form)] = form, recipe, self._seconds(node, recipe)
             except Illegal as illegal:
-                self._refuse(node, illegal.code, f"{illegal.reason} ({anchor} stays apart)", illegal.hint)
-                if join is merge:
-                    ways.insert(1, merge_where_legal)
-        return found
+                self.lowered[id(form)] = form, illegal, inf
+        return self.lowered[id(form)][1:]
 
     def _may_absorb(self, anchor: str, node: str, gone: set[str]) -> bool:
         if anchor not in self.recipes or anchor in self.removed:

@@ -1,8 +1,8 @@
 """A random sum over the output channels, with which two operators are compared without running either in full.
 
-For random numbers u, Σ_o u[o]·(W ⊛ x)[o] = (Σ_o u[o]·W[o]) ⊛ x, and two maps that differ in one channel differ in this sum
-but for a set of u of measure zero (Freivalds, "Fast probabilistic algorithms", 1979). So the folded operator, which is
-known, is checked with one row a group; what it replaces is run as it is, in full.
+For random numbers u, Σ_o u[o]·(W ⊛ x)[o] = (Σ_o u[o]·W[o]) ⊛ x, and two maps that differ in one channel differ in this
+sum but for a set of u of measure zero (Freivalds, "Fast probabilistic algorithms", 1979). So the folded operator, which
+is known, is checked with one row a group; what it replaces is run as it is, in full.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The certificate's own depthwise convolution is torch's."""
+"""The certificate's own convolutions in float64 are torch's."""
 
 import pytest
 import torch
@@ -54,3 +54,31 @@ def test_an_unbatched_map_is_torchs_own():
     x, weight = torch.randn(4, 9, 9, dtype=torch.float64), torch.randn(4, 1, 3, 3, dtype=torch.float64)
     with InDouble():
         assert F.conv2d(x, weight, groups=4).shape == (4, 7, 7)
+
+
+@pytest.mark.parametrize("name", [n for n in GEOMETRY if n != "longer than the map"])
+def test_a_dense_float32_weight_is_taken_as_it_is_stored(name):
+    """More entries than a block has rows for: several products."""
+    torch.manual_seed(0)
+    x, weight = torch.randn(2, 300, 7, 8, dtype=torch.float64), torch.randn(150, 300, 3, 2)
+    vector = torch.randn(150, dtype=torch.float64)
+    expected = F.conv2d(x, weight.double(), vector, *GEOMETRY[name])
+    with InDouble():
+        got = F.conv2d(x, weight, vector, *GEOMETRY[name])
+    assert got.dtype == torch.float64
+    assert torch.allclose(got, expected, rtol=0, atol=1e-11)
+
+
+@pytest.mark.parametrize("shape", [(600,), (3, 600), (2, 5, 600)], ids=str)
+def test_a_linear_layer(shape):
+    torch.manual_seed(0)
+    x, weight, bias = torch.randn(shape, dtype=torch.float64), torch.randn(400, 600), torch.randn(400).double()
+    with InDouble():
+        got = F.linear(x, weight, bias)
+    assert torch.allclose(got, F.linear(x, weight.double(), bias), rtol=0, atol=1e-11)
+
+
+def test_values_of_another_type_are_left_to_torch():
+    x, weight = torch.randn(1, 64, 5, 5), torch.randn(64, 64, 3, 3)
+    with InDouble():
+        assert torch.equal(F.conv2d(x, weight), F.conv2d(x, weight.clone()))
