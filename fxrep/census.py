@@ -43,7 +43,7 @@ def census(graph: Graph, modules: Mapping[str, nn.Module], numbers: Collection[s
     counts = dict.fromkeys(KINDS, 0)
     for node in graph.nodes:
         if node.name not in numbers:
-            for kind in _kinds(node, modules):
+            for kind in kinds(node, modules):
                 counts[kind] += 1
     return counts
 
@@ -64,7 +64,7 @@ def planned(
             for kind in _recipe_kinds(plan.decisions[node.name].recipe):
                 counts[kind] += 1
         elif node.name not in plan.removed and node.name not in numbers:
-            for kind in _kinds(node, modules):
+            for kind in kinds(node, modules):
                 counts[kind] += 1
     return counts
 
@@ -75,7 +75,8 @@ def _recipe_kinds(recipe: Recipe) -> list[str]:
     return terms + ["add" for part in recipe.parts for _ in part[1:]]
 
 
-def _kinds(node: Node, modules: Mapping[str, nn.Module]) -> list[str]:
+def kinds(node: Node, modules: Mapping[str, nn.Module]) -> list[str]:
+    """The kinds of what one node calls."""
     if node.op == "call_module":  # a module that was kept whole counts with everything in it
         inside = modules[str(node.target)].modules()
         return [kind for m in inside for kind, types in MODULES.items() if isinstance(m, types)]

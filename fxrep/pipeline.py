@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor
@@ -12,11 +13,13 @@ from torch.fx import Graph, GraphModule, Node
 from fxrep.census import census, planned
 from fxrep.certify import certify
 from fxrep.cost import Profile
+from fxrep.drawing import MOST_PICTURES, parameter_names, pictures, scene
 from fxrep.errors import UNTOLD, FxrepError, Illegal, Refusal
 from fxrep.evaluation import Doubles
 from fxrep.fold import Folded, fold, like_of
 from fxrep.mutation import Writes, drop_identities, functionalize
 from fxrep.ownership import Ledger
+from fxrep.page import Picture
 from fxrep.plan import Decision, Plan, Problem, make_plan
 from fxrep.readers import Readings, is_bypass, read_graph
 from fxrep.report import Collapse, Report
@@ -48,6 +51,8 @@ class Pipeline:
         ledger = self._ledger() if inplace else None
         plan, refused = self.plan, []
         folded: dict[int, Folded] = {}
+        shown: dict[int, Picture] = {}
+        parameters = parameter_names(self.traced.root)
         for decision in self.plan.decisions.values():
             numbers = self._fold(decision)
             if isinstance(numbers, Refusal):
@@ -56,12 +61,13 @@ class Pipeline:
                 if ledger:
                     ledger.keep(decision)
                 continue
+            shown |= pictures(decision, parameters) if len(shown) < MOST_PICTURES else {}
             folded |= {id(f.emit): f for f in (ledger.settle(decision, numbers) if ledger else numbers)}
         rewriter = Rewriter(self.graph, plan, self.readings, self.modules, folded)
         collapsed = rewriter.write(self.name)
         sizes = {*self.readings.facts.scalars, *rewriter.numbers}
         after = census(collapsed.graph, dict(collapsed.named_modules()), sizes)
-        return collapsed, self._report(plan, refused, after)
+        return collapsed, self._report(plan, refused, after, shown)
 
     def _ledger(self) -> Ledger:
         return Ledger(self.traced.root, self.nodes, self.modules, self.plan, self.readings.facts.constants)
@@ -75,7 +81,9 @@ class Pipeline:
             return Refusal(decision.node, illegal.code, illegal.reason, illegal.hint)
         return certify(decision, {id(f.emit): f for f in numbers}, self.nodes, self.readings, doubles) or numbers
 
-    def _report(self, plan: Plan, refused: Sequence[Refusal], after: dict[str, int]) -> Report:
+    def _report(
+        self, plan: Plan, refused: Sequence[Refusal], after: dict[str, int], shown: Mapping[int, Picture] | None = None
+    ) -> Report:
         """The plan in the user's names."""
         names = layer_names(plan, self.nodes, self.traced.modules)
         collapses = tuple(
@@ -90,7 +98,11 @@ class Pipeline:
         read = [r for r in self.readings.refusals.values() if self._is_declined(r)]
         told = tuple(self._told(r) for r in (*read, *plan.refusals, *refused))
         refusals = (*self.traced.kept, *told)
-        return Report(self.name, collapses, refusals, self.before, after, plan.seconds_before, plan.seconds_after)
+        drawn = scene(self.graph, self.modules, self.readings, plan)
+        return Report(
+            self.name, collapses, refusals, self.before, after, plan.seconds_before, plan.seconds_after, drawn,
+            tuple(replace(picture, layer=names[emit]) for emit, picture in (shown or {}).items()),
+        )  # fmt: skip
 
     def _is_declined(self, refusal: Refusal) -> bool:
         """Whether a merge was in sight: an op that is affine in other circumstances, on an affine value."""

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import textwrap
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from html import escape
 from typing import Any
 
@@ -13,6 +13,7 @@ from tabulate import tabulate
 
 from fxrep.cost import duration
 from fxrep.errors import Refusal
+from fxrep.page import Picture, Scene, document
 
 SCHEMA = 1
 """Version of `Report.to_dict`: raised when a key goes or changes its meaning, not when one is added."""
@@ -51,6 +52,10 @@ class Report:
     cost_before: float
     """Seconds that the cost model predicts for the original."""
     cost_after: float
+    scene: Scene | None = field(default=None, repr=False)
+    """The network before and after, for drawing; None where it was not traced."""
+    pictures: tuple[Picture, ...] = field(default=(), repr=False)
+    """Some kernels and what adds up to them; nothing where nothing was folded."""
 
     def __str__(self) -> str:
         return self.text()
@@ -74,16 +79,29 @@ class Report:
     def to_json(self, indent: int | None = None) -> str:
         return json.dumps(self.to_dict(), indent=indent, ensure_ascii=False)
 
+    def to_html(self, verdict: Mapping[str, Any] | None = None) -> str:
+        """One page that needs nothing else: graphs, decisions, costs and kernels; and the `Verdict.to_dict()` given."""
+        tables = {
+            "costs": self._summary("html"),
+            "collapses": self._collapse_table(),
+            "refusals": self._refusal_table(),
+        }
+        return document(self.to_dict(), tables, self.scene, self.pictures, verdict)
+
     def _repr_html_(self) -> str:
-        refusals = [(r.node, r.code, r.reason, r.hint) for r in self.refusals]
-        return "\n".join(
-            [
-                f"<h4>fxrep: {escape(self.model)}</h4>",
-                self._summary("html"),
-                *_html_section(len(self.collapses), "collapse", _COLLAPSE_HEADERS, _rows(self.collapses, None)),
-                *_html_section(len(self.refusals), "refusal", ("node", "code", "reason", "hint"), refusals),
-            ]
-        )
+        sections = [
+            (_count(len(self.collapses), "collapse"), self._collapse_table()),
+            (_count(len(self.refusals), "refusal"), self._refusal_table()),
+        ]
+        told = [f"<p>{title}</p>{table}" for title, table in sections if table]
+        return "\n".join([f"<h4>fxrep: {escape(self.model)}</h4>", self._summary("html"), *told])
+
+    def _collapse_table(self) -> str:
+        return _table(_rows(self.collapses, None), _COLLAPSE_HEADERS, "html") if self.collapses else ""
+
+    def _refusal_table(self) -> str:
+        rows = [(r.node, r.code, r.reason, r.hint) for r in self.refusals]
+        return _table(rows, ("node", "code", "reason", "hint"), "html") if rows else ""
 
     def _summary(self, form: str) -> str:
         kinds = dict.fromkeys([*self.before, *self.after])
@@ -157,12 +175,6 @@ def _sentence(text: str) -> str:
 
 def _count(number: int, noun: str) -> str:
     return f"{number} {noun}{'' if number == 1 else 's'}"
-
-
-def _html_section(number: int, noun: str, headers: Sequence[str], rows: Sequence[tuple[str, ...]]) -> list[str]:
-    if not rows:
-        return []
-    return [f"<p>{_count(number, noun)}</p>", _table(rows, headers, "html")]
 
 
 def _table(

@@ -301,3 +301,30 @@ def test_detection_models_load_no_weights(monkeypatch):
 
     monkeypatch.setattr(hub, "load_state_dict_from_url", lambda *_, **__: pytest.fail("downloads"))
     assert isinstance(load("torchvision:ssdlite320_mobilenet_v3_large"), nn.Module)
+
+
+@pytest.mark.parametrize(("command", "chip"), [("report", "verified equal"), ("explain", "not verified here")])
+def test_a_page_is_written_beside_what_is_printed(nets, capsys, tmp_path: Path, command: str, chip: str):
+    assert main([command, f"{nets}:Net", "--html", "out.html"]) == OK
+    assert capsys.readouterr().out.startswith("fxrep: Net\n")
+    assert chip in (tmp_path / "out.html").read_text(encoding="utf-8")
+
+
+ODD = """
+from torch import nn
+
+class Odd(nn.Module):
+    def forward(self, x):
+        return x if x.sum() > 0 else -x
+"""
+
+
+def test_a_page_is_written_where_nothing_could_be_verified(nets, capsys, tmp_path: Path):
+    (tmp_path / "odd.py").write_text(ODD)
+    assert main(["report", "odd.py:Odd", "--html", "out.html"]) == OK
+    assert "not verified for the page" in capsys.readouterr().err
+    assert "not verified here" in (tmp_path / "out.html").read_text(encoding="utf-8")
+
+
+def test_a_page_that_cannot_be_written(nets, capsys):
+    assert "absent/out.html cannot be written" in refused(capsys, "explain", f"{nets}:Net", "--html", "absent/out.html")

@@ -5,11 +5,13 @@ from __future__ import annotations
 import argparse
 import sys
 from contextlib import redirect_stdout
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import fxrep
 from fxrep.cli.common import FAILED, OK, complain, shape
 from fxrep.cli.models import MODEL_HELP, example_inputs, load
+from fxrep.errors import FxrepError, Unusable
 
 if TYPE_CHECKING:
     from torch import nn
@@ -43,12 +45,17 @@ def add(commands: Any) -> None:
         )
         parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
         parser.add_argument("--full", action="store_true", help="print every row, fold nothing")
+        parser.add_argument("--html", metavar="FILE", help="write a page to look at: graphs, decisions, costs, kernels")
         parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
     with redirect_stdout(sys.stderr):  # what the model's own code prints must not end up in the JSON
-        report = make_report(args.command, load(args.model), args.input, args.strict)
+        model = load(args.model)
+        example = example_inputs(model, args.input)
+        report, collapsed = make_report(args.command, model, example, args.strict)
+        if args.html:
+            write_page(args.html, report, verdict(model, collapsed, example))
     print(report.to_json(indent=2) if args.json else report.text(full=args.full))
     broken = [refusal.node for refusal in report.refusals if refusal.code == "certificate-failed"]
     if broken:
@@ -56,8 +63,27 @@ def run(args: argparse.Namespace) -> int:
     return OK
 
 
-def make_report(command: str, model: nn.Module, shapes: list[tuple[int, ...]] | None, strict: bool) -> Report:
-    example = example_inputs(model, shapes)
+def make_report(command: str, model: nn.Module, example: Any, strict: bool) -> tuple[Report, nn.Module | None]:
+    """The report, and the collapsed network where there is one."""
     if command == "explain":
-        return fxrep.explain(model, example, strict=strict)
-    return cast("Report", fxrep.reparameterize(model, example, strict=strict).report)
+        return fxrep.explain(model, example, strict=strict), None
+    collapsed = fxrep.reparameterize(model, example, strict=strict)
+    return cast("Report", collapsed.report), collapsed
+
+
+def verdict(model: nn.Module, collapsed: nn.Module | None, example: Any) -> dict[str, Any] | None:
+    """What a verification finds; nothing where there is nothing to run, or nothing to run it on."""
+    if collapsed is None:
+        return None
+    try:
+        return fxrep.verify(model, collapsed, example).to_dict()
+    except FxrepError as error:
+        complain(f"not verified for the page: {error}", OK)
+        return None
+
+
+def write_page(path: str, report: Report, found: dict[str, Any] | None) -> None:
+    try:
+        Path(path).write_text(report.to_html(found), encoding="utf-8")
+    except OSError as error:
+        raise Unusable(f"{path} cannot be written: {error.strerror}; name a file in a folder that exists") from None
