@@ -11,13 +11,14 @@ if TYPE_CHECKING:
     from fxrep.conversion import Conversion, convert, load_weights
     from fxrep.errors import FxrepError, Refusal
     from fxrep.readers import reader
+    from fxrep.refolding import refold
     from fxrep.report import Report
     from fxrep.verification import Verdict, verify
 
 _HOMES = {
     "Conversion": "fxrep.conversion", "convert": "fxrep.conversion", "load_weights": "fxrep.conversion",
     "explain": "fxrep.api", "reparameterize": "fxrep.api", "FxrepError": "fxrep.errors", "Refusal": "fxrep.errors",
-    "reader": "fxrep.readers", "Report": "fxrep.report",
+    "reader": "fxrep.readers", "refold": "fxrep.refolding", "Report": "fxrep.report",
     "Verdict": "fxrep.verification", "verify": "fxrep.verification",
 }  # fmt: skip
 
@@ -32,6 +33,17 @@ def __getattr__(name: str) -> Any:
 
 
 __all__ = [
-    "Conversion", "FxrepError", "Refusal", "Report", "Verdict", "__version__", "convert", "explain", "load_weights",
-    "reader", "reparameterize", "verify",
+    "Conversion",
+    "FxrepError",
+    "Refusal",
+    "Report",
+    "Verdict",
+    "__version__",
+    "convert",
+    "explain",
+    "load_weights",
+    "reader",
+    "refold",
+    "reparameterize",
+    "verify",
 ]  # fmt: skip

@@ -18,6 +18,7 @@ from fxrep.cost import Profile, profile_for
 from fxrep.errors import FxrepError, Refusal
 from fxrep.ownership import carry_attributes, own_tensors
 from fxrep.pipeline import Pipeline
+from fxrep.refolding import Architecture, make_fold_plan
 from fxrep.report import Report
 from fxrep.trace import trace
 
@@ -54,12 +55,13 @@ def reparameterize(
     examples = _bind(model, example_inputs)
     with _no_collections():
         root = structural_copy(model)
+        before = Architecture.of(root)
         traced = trace(root, examples)
         name = type(model).__name__
         if isinstance(traced, Refusal):
-            return _finished(root, root, model, _untraceable(model, traced), inplace)
+            return _finished(root, root, model, before, _untraceable(model, traced), inplace)
         collapsed, report = Pipeline(name, traced, examples, profile or _profile(model), strict).rewrite(inplace)
-        return _finished(collapsed, root, model, report, inplace)
+        return _finished(collapsed, root, model, before, report, inplace)
 
 
 def explain(
@@ -133,12 +135,16 @@ def _profile(model: nn.Module) -> Profile:
     return profile_for(next((p.device.type for p in model.parameters()), "cpu"))
 
 
-def _finished(result: nn.Module, root: nn.Module, model: nn.Module, report: Report, inplace: bool) -> nn.Module:
+def _finished(
+    result: nn.Module, root: nn.Module, model: nn.Module, before: Architecture, report: Report, inplace: bool
+) -> nn.Module:
     """Gives the result tensors of its own, the model's attributes, its hooks and the report."""
     if isinstance(result, GraphModule):
         carry_attributes(root, result)
+    plan = make_fold_plan(result, root, before)
     if not inplace:
         own_tensors(result, model)
+    result.plan = plan  # type: ignore[assignment]
     result.report = report  # type: ignore[assignment]
     for module in result.modules():
         if type(module) is nn.Module or isinstance(module, GraphModule):

@@ -17,6 +17,7 @@ from fxrep.errors import Illegal
 from fxrep.evaluation import Doubles, evaluate
 from fxrep.lower import Emit, Recipe, needs_explicit_pad
 from fxrep.parts import Anchor
+from fxrep.refolding import columns_first
 from fxrep.rows import blocks
 from fxrep.sketch import gathered, rows_sketched, sketched
 
@@ -82,7 +83,7 @@ def _folded_operator(emit: Emit, operator: AffineConv, doubles: Doubles, fill: f
     bias = None if operator.bias is None else evaluate(operator.bias, doubles).to(like.device)
     summed = None if bias is None else sketched(bias, groups, -1, channels)
     if operator.transposed:
-        weight, sketch = (_columns_first(w, groups) for w in (weight, sketch))
+        weight, sketch = (columns_first(w, groups) for w in (weight, sketch))
     if weight.ndim == 4 and like.channels_last:
         weight = weight.contiguous(memory_format=torch.channels_last)
     return Folded(emit, weight, _cast(bias, like), fill, like, (sketch, summed))
@@ -110,12 +111,6 @@ def _like(tensors: list[Tensor], default: Like | None) -> Like | None:
         t.ndim == 4 and t.is_contiguous(memory_format=torch.channels_last) and not t.is_contiguous() for t in tensors
     )
     return Like(first.dtype, first.device, last, any(t.requires_grad for t in tensors))
-
-
-def _columns_first(weight: Tensor, groups: int) -> Tensor:
-    """(O, I/g, *K) as torch's (I, O/g, *K) for transposed layers."""
-    rows, columns, *taps = weight.shape
-    return weight.reshape(groups, rows // groups, columns, *taps).transpose(1, 2).flatten(0, 1).contiguous()
 
 
 def pad_arguments(operator: AffineConv) -> list[int]:

@@ -16,6 +16,7 @@ from fxrep.copying import HOOKS
 from fxrep.fold import Folded
 from fxrep.plan import Decision, Plan
 from fxrep.readers.walk import attribute_of
+from fxrep.refolding import refold
 
 
 class Ledger:
@@ -87,6 +88,10 @@ def _memory(tensor: Tensor) -> int:
 
 class Collapsed(GraphModule):
     """A GraphModule whose plain attributes (the report, `names`, `stride`, …) survive copying and pickling."""
+
+    def refold(self, model: nn.Module) -> None:
+        """Folds new weights of the same architecture in: `fxrep.refold(self, model)`."""
+        refold(self, model)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> GraphModule:
         copied = super().__deepcopy__(memo)

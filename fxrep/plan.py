@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 from math import inf
 
 from fxrep import kernel as K
+from fxrep.affine import Equal, noting
 from fxrep.cost import Profile, duration
 from fxrep.errors import Illegal, Refusal
 from fxrep.form import AffineForm
@@ -44,6 +45,8 @@ class Decision:
     inlined: tuple[str, ...]
     seconds_before: float
     seconds_after: float
+    #: what was found equal by its numbers, without which it would not be legal
+    equal: tuple[Equal, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -87,6 +90,7 @@ class _Candidate:
     gone: frozenset[str]
     seconds: float
     steps: int
+    equal: tuple[Equal, ...]
 
 
 def _is_float(recipe: Recipe) -> bool:
@@ -95,19 +99,24 @@ def _is_float(recipe: Recipe) -> bool:
     return recipe.convolutions > 0 or not scales or any(True for e in scales for _ in K.leaves(e.gain, e.bias))
 
 
-def _substitute(form: AffineForm, anchor: str, inner: AffineForm) -> tuple[list[AffineForm], list[Illegal]]:
+#: The forms that come of an inlining, why others do not, and what had to be equal for it.
+Substitution = tuple[list[AffineForm], list[Illegal], list[Equal]]
+
+
+def _substitute(form: AffineForm, anchor: str, inner: AffineForm) -> Substitution:
     ways: list[Join] = [merge]
     if not set(inner.sources).isdisjoint(s for s in form.sources if s != anchor):
         ways += [keep_apart]
     found, refused = [], []
-    for join in ways:
-        try:
-            found.append(form.substitute(anchor, inner, join))
-        except Illegal as illegal:
-            refused.append(illegal)
-            if join is merge:
-                ways.insert(1, merge_where_legal)
-    return found, refused
+    with noting() as noted:
+        for join in ways:
+            try:
+                found.append(form.substitute(anchor, inner, join))
+            except Illegal as illegal:
+                refused.append(illegal)
+                if join is merge:
+                    ways.insert(1, merge_where_legal)
+    return found, refused, noted
 
 
 class _State:
@@ -123,8 +132,9 @@ class _State:
         self.removed: set[str] = set()
         self.refusals: dict[tuple[str, str], Refusal] = {}
         self.seconds: dict[str, float] = {}
-        self.known: dict[tuple[int, str, int], tuple[AffineForm, AffineForm, list[AffineForm], list[Illegal]]] = {}
-        self.lowered: dict[int, tuple[AffineForm, Recipe | Illegal, float]] = {}
+        self.known: dict[tuple[int, str, int], tuple[AffineForm, AffineForm, Substitution]] = {}
+        self.lowered: dict[int, tuple[AffineForm, Recipe | Illegal, float, list[Equal]]] = {}
+        self.equal: dict[str, tuple[Equal, ...]] = {}
         for name, form in problem.forms.items():
             self.recipes[name] = self._lower(name, form)
             self.seconds[name] = self._seconds(name, self.recipes[name])
@@ -190,6 +200,7 @@ class _State:
         absorbed: list[str] = []
         gone: set[str] = set()
         blocked: set[str] = set()
+        equal: list[Equal] = []
         frontier = {s for s in form.sources if start(s)}
         while len(absorbed) < MOST_STEPS:
             open_ = [s for s in form.sources if s in frontier - blocked and self._may_absorb(s, node, gone)]
@@ -197,7 +208,7 @@ class _State:
                 return
             anchor = max(open_, key=lambda s: self.order[s])
             inner = self.recipes[anchor].form
-            found, refused = self._substituted(form, anchor, inner)
+            found, refused, noted = self._substituted(form, anchor, inner)
             for illegal in refused:
                 self._refuse(node, illegal.code, f"{illegal.reason} ({anchor} stays apart)", illegal.hint)
             if not found:
@@ -205,33 +216,36 @@ class _State:
                 continue
             form = found[0]
             absorbed.append(anchor)
+            equal += [*noted, *self.equal.get(anchor, ())]
             frontier |= set(inner.sources)
             gone |= {anchor} if self._read_only_by(anchor, node, gone) else set()
             for each in found:
-                recipe, seconds = self._priced(node, each)
+                recipe, seconds, noted = self._priced(node, each)
                 if isinstance(recipe, Illegal):  # no operator computes this much of the cone; a larger part may be one
                     self._refuse(node, recipe.code, recipe.reason, recipe.hint)
                     continue
-                yield _Candidate(recipe, tuple(absorbed), frozenset(gone), seconds, recipe.steps)
+                needed = (*equal, *noted)
+                yield _Candidate(recipe, tuple(absorbed), frozenset(gone), seconds, recipe.steps, needed)
 
-    def _substituted(self, form: AffineForm, anchor: str, inner: AffineForm) -> tuple[list[AffineForm], list[Illegal]]:
+    def _substituted(self, form: AffineForm, anchor: str, inner: AffineForm) -> Substitution:
         """The form with `anchor` inlined: added to its own terms on the same values, and apart from them; and why not.
 
         Known from the last time, where the search starts again over forms that have not changed since.
         """
         key = id(form), anchor, id(inner)
         if key not in self.known:
-            self.known[key] = form, inner, *_substitute(form, anchor, inner)
-        return self.known[key][2:]
+            self.known[key] = form, inner, _substitute(form, anchor, inner)
+        return self.known[key][2]
 
-    def _priced(self, node: str, form: AffineForm) -> tuple[Recipe | Illegal, float]:
+    def _priced(self, node: str, form: AffineForm) -> tuple[Recipe | Illegal, float, list[Equal]]:
         """The form as operators with their cost, or why no operator computes it."""
         if id(form) not in self.lowered:
-            try:
-                recipe = self._lower(node, form, check=True)
-                self.lowered[id(form)] = form, recipe, self._seconds(node, recipe)
-            except Illegal as illegal:
-                self.lowered[id(form)] = form, illegal, inf
+            with noting() as noted:
+                try:
+                    recipe = self._lower(node, form, check=True)
+                    self.lowered[id(form)] = form, recipe, self._seconds(node, recipe), noted
+                except Illegal as illegal:
+                    self.lowered[id(form)] = form, illegal, inf, noted
         return self.lowered[id(form)][1:]
 
     def _may_absorb(self, anchor: str, node: str, gone: set[str]) -> bool:
@@ -280,6 +294,7 @@ class _State:
                 self.readers[source].discard(name)
         self.recipes[node] = candidate.recipe
         self.seconds[node] = candidate.seconds
+        self.equal[node] = (*self.equal.get(node, ()), *candidate.equal)
         nested = tuple(i for a in candidate.absorbed for i in (*self.inlined.get(a, ()), a))
         self.inlined[node] = tuple(dict.fromkeys((*self.inlined.get(node, ()), *nested)))
         for source in candidate.recipe.form.sources:
@@ -321,6 +336,7 @@ class _State:
             node: Decision(
                 node, self.recipes[node], tuple(sorted(inlined, key=self.order.__getitem__)),
                 self.original[node] + sum(self.original[i] for i in inlined if i in self.removed), self.seconds[node],
+                self.equal.get(node, ()),
             )
             for node, inlined in self.inlined.items() if node not in self.removed
         }  # fmt: skip

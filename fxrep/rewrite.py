@@ -15,11 +15,13 @@ from torch.fx import Graph, GraphModule, Node
 
 from fxrep import mutation
 from fxrep.fold import Folded, layer_of, pad_arguments, pad_mode, scale_of
+from fxrep.kernel import Kernel, Leaf
 from fxrep.lower import Emit, needs_explicit_pad
 from fxrep.ownership import Collapsed
 from fxrep.plan import Decision, Plan
 from fxrep.readers import Readings, is_bypass
 from fxrep.readers.walk import ASSERTS
+from fxrep.refolding import DRAFT, Draft, Fold
 from fxrep.shapes import Dim, Product, Size
 from fxrep.trace import Recorder
 
@@ -39,6 +41,7 @@ class Rewriter:
     env: dict[Node, Any] = field(default_factory=dict)
     ours: set[Node] = field(default_factory=set)
     droppable: list[Node] = field(default_factory=list)
+    folds: dict[str, Fold] = field(default_factory=dict)
     #: the new nodes that compute sizes
     numbers: set[str] = field(default_factory=set)
 
@@ -59,7 +62,14 @@ class Rewriter:
         targets = {
             str(n.target): self._attribute(str(n.target)) for n in self.new.nodes if n.op in ("call_module", "get_attr")
         }
-        return Collapsed(targets, self.new, class_name)
+        result = Collapsed(targets, self.new, class_name)
+        vars(result)[DRAFT] = self._draft()
+        return result
+
+    def _draft(self) -> Draft:
+        equal = [*self.readings.equal, *(e for d in self.plan.decisions.values() for e in d.equal)]
+        constants = (k.tensor for k in self.readings.facts.constants.values() if isinstance(k, Leaf))
+        return Draft(self.folds, equal, [t for t in constants if not t.is_floating_point()])
 
     def _node(self, node: Node) -> None:
         name = node.name
@@ -130,7 +140,11 @@ class Rewriter:
             x = self._call(F.pad, (x, pad_arguments(operator_)), {"mode": mode, "value": value})
         if folded.emit.is_pad:
             return x
-        name = self._install(layer_of(folded), folded.emit, decision)
+        layer = layer_of(folded)
+        name = self._install(layer, folded.emit, decision)
+        groups = operator_.groups if operator_.transposed else None
+        self._note(f"{name}.weight", operator_.weight, layer.weight, groups)
+        self._note(f"{name}.bias", operator_.bias, layer.bias)
         called = self.new.call_module(name, (x,))
         self.ours.add(called)
         return called
@@ -157,6 +171,8 @@ class Rewriter:
             if vector is not None:
                 holder.register_parameter(name, scale_of(vector, folded, dims))
         path = self._install(holder, folded.emit, decision)
+        for name, parameter in holder.named_parameters():
+            self._note(f"{path}.{name}", folded.emit.gain if name == "weight" else folded.emit.bias, parameter)
         named = {name: self.new.get_attr(f"{path}.{name}") for name, _ in holder.named_parameters()}
         if len(named) == 2:
             return self._call(torch.addcmul, (named["bias"], x, named["weight"]))
@@ -165,6 +181,11 @@ class Rewriter:
             if bias is None
             else self._call(operator.add, (x, named["bias"]))
         )
+
+    def _note(self, target: str, kernel: Kernel | None, made: Any, groups: int | None = None) -> None:
+        """Keeps how a tensor of the new graph is folded, for other weights."""
+        if kernel is not None:
+            self.folds[target] = Fold(kernel, made.dtype, tuple(made.shape), groups)
 
     def _call(self, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> Node:
         node = self.new.call_function(function, args, kwargs)

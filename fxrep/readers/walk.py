@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.fx import Graph, Node
 
 from fxrep import kernel as K
-from fxrep.affine import AffineConv
+from fxrep.affine import AffineConv, Equal, noting
 from fxrep.errors import Illegal, Refusal
 from fxrep.evaluation import evaluate
 from fxrep.form import AffineForm
@@ -37,6 +37,8 @@ class Readings:
     refusals: Mapping[str, Refusal]
     facts: Facts
     bypassed: frozenset[str]
+    #: what was found equal by its numbers
+    equal: tuple[Equal, ...] = ()
 
     def is_value(self, node: Node) -> bool:
         return node.name not in self.facts.constants and node.name not in self.facts.scalars
@@ -63,15 +65,16 @@ def _read_once(graph: Graph, modules: dict[str, nn.Module], ranks: dict[str, int
     facts = Facts(modules, Shapes(ranks=ranks, sizes=sizes))
     found: dict[str, AffineForm] = {}
     refusals: dict[str, Refusal] = {}
-    for node in graph.nodes:
-        if _note_number(node, facts) or _note_constant(node, facts) or node.op == "output":
-            continue
-        form = _read_node(node, facts)
-        if isinstance(form, AffineForm):
-            found[node.name] = form
-        elif isinstance(form, Refusal):
-            refusals[node.name] = form
-    return Readings(found, refusals, facts, _bypassed(graph, found))
+    with noting() as equal:
+        for node in graph.nodes:
+            if _note_number(node, facts) or _note_constant(node, facts) or node.op == "output":
+                continue
+            form = _read_node(node, facts)
+            if isinstance(form, AffineForm):
+                found[node.name] = form
+            elif isinstance(form, Refusal):
+                refusals[node.name] = form
+    return Readings(found, refusals, facts, _bypassed(graph, found), tuple(equal))
 
 
 def _read_node(node: Node, facts: Facts) -> AffineForm | Refusal | None:

@@ -1,0 +1,298 @@
+"""What was folded from what: new weights of the same architecture go into a collapsed model without a plan anew."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fxrep import kernel as K
+from fxrep.affine import Equal
+from fxrep.errors import FxrepError
+from fxrep.evaluation import Doubles
+from fxrep.kernel import Kernel
+from fxrep.rows import blocks
+
+DRAFT = "_fxrep_draft"  # where a collapsed module holds its folds until it is known what their leaves are called
+
+
+@dataclass(frozen=True, eq=False)
+class Named(K.Leaf):
+    """A leaf that stands for the tensor `name` of whatever model is folded."""
+
+    name: str = ""
+
+
+@dataclass(frozen=True)
+class Fold:
+    """One tensor of a collapsed model: a kernel, and `groups` if it is stored columns first (a transposed layer's)."""
+
+    kernel: Kernel
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    groups: int | None = None
+
+    def into(self, target: Tensor) -> None:
+        """Evaluates in float64, casts once, writes."""
+        rows = target.new_empty(self.kernel.shape) if self.groups else target.view(self.kernel.shape)
+        for start, block in blocks(self.kernel, Doubles()):
+            (rows if rows.shape == block.shape else rows[start : start + len(block)]).copy_(block)
+        if self.groups:
+            target.copy_(columns_first(rows, self.groups))
+
+
+def columns_first(weight: Tensor, groups: int) -> Tensor:
+    """(O, I/g, *K) as torch's (I, O/g, *K) for transposed layers."""
+    rows, columns, *taps = weight.shape
+    return weight.reshape(groups, rows // groups, columns, *taps).transpose(1, 2).flatten(0, 1).contiguous()
+
+
+@dataclass(frozen=True)
+class Draft:
+    """The folds of one graph by the names of their targets, what had to be equal for them, and constant indices."""
+
+    folds: Mapping[str, Fold]
+    equal: Sequence[Equal]
+    indices: Sequence[Tensor]
+
+
+@dataclass(frozen=True)
+class FoldPlan:
+    """How each tensor of a collapsed model comes from those of its original; `print(plan)` shows the map of keys."""
+
+    folds: Mapping[str, Fold] = field(default_factory=dict)
+    #: tensors that are the model's own: new name -> name there
+    kept: Mapping[str, str] = field(default_factory=dict)
+    #: tensors that belong to the collapse alone (indices of channels), by their new name
+    static: Mapping[str, Tensor] = field(default_factory=dict)
+    equal: tuple[Equal, ...] = ()
+    #: constant indices of the model, which must stay what they were
+    indices: Mapping[str, Tensor] = field(default_factory=dict)
+    signature: Mapping[str, tuple[tuple[int, ...], torch.dtype]] = field(default_factory=dict)
+    layers: tuple[tuple[str, str, int], ...] = ()
+    #: the names that `state_dict` of the collapsed model has
+    keys: tuple[str, ...] = ()
+    lost: str = ""
+    """Why nothing can be folded with it, if so."""
+
+    @property
+    def key_map(self) -> dict[str, tuple[str, ...]]:
+        """New key -> the keys that it is computed from."""
+        folded = {new: tuple(dict.fromkeys(n.name for n in _named(f.kernel))) for new, f in self.folds.items()}
+        return {**folded, **{new: (old,) for new, old in self.kept.items()}}
+
+    def __str__(self) -> str:
+        return "\n".join(f"{new}\n    {', '.join(old) or 'constants'}" for new, old in self.key_map.items())
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> FoldPlan:
+        return self  # nothing of it changes
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return FoldPlan, ((), (), (), (), (), (), (), (), "a pickled model has lost how it was folded")
+
+    def fold_state_dict(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The state dict of the collapsed model from one of its original's. Kept tensors are those of `state`.
+
+        Raises FxrepError where `state` is not of the architecture that was collapsed.
+        """
+        self._check(state)
+        missing = next((n for n in self._needed() if n not in state), None)
+        if missing is not None:
+            raise FxrepError(f"{missing} is folded in but is in no state dict; refold from the model itself instead")
+        found = self._folded(state)
+        found |= {new: state[old] for new, old in self.kept.items() if old in state} | dict(self.static)
+        return {key: found[key] for key in self.keys}
+
+    def refold(self, collapsed: nn.Module, model: nn.Module) -> None:
+        """Folds the weights of `model` into `collapsed`, in its dtypes and on its devices.
+
+        Raises FxrepError, with nothing changed, where `model` is not of the architecture that was collapsed.
+        """
+        self._check(_registered(model), layers_of(model))
+        tensors = tensors_of(model)
+        self._check_needed(tensors)
+        targets = tensors_of(collapsed)
+        with torch.no_grad():
+            for new, fold in self._bound(tensors):
+                fold.into(targets[new].detach())
+            for new, old in self.kept.items():
+                targets[new].detach().copy_(tensors[old].detach())
+
+    def _folded(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        self._check_needed(state)
+        found = {}
+        with torch.no_grad():
+            for new, fold in self._bound(state):
+                device = next((n.tensor.device for n in K.leaves(fold.kernel)), torch.device("cpu"))
+                found[new] = torch.empty(fold.shape, dtype=fold.dtype, device=device)
+                fold.into(found[new])
+        return found
+
+    def _check(self, state: Mapping[str, Tensor], layers: tuple[tuple[str, str, int], ...] | None = None) -> None:
+        """Raises FxrepError unless `state` has the names, shapes and dtypes of the original, and it the same layers."""
+        if self.lost:
+            raise FxrepError(f"{self.lost}; collapse the model again with fxrep.reparameterize")
+        there = {n: (tuple(t.shape), t.dtype) for n, t in state.items()}
+        wrong = next((n for n in self.signature if layers is not None and n not in there), None)
+        wrong = wrong or next((n for n in there if n not in self.signature), None)
+        if wrong is not None:
+            where = "only in the model that was collapsed" if wrong in self.signature else "not in it"
+            raise FxrepError(f"another architecture than was collapsed: {wrong} is {where}; collapse this one anew")
+        wrong = next((n for n, seen in there.items() if seen != self.signature[n]), None)
+        if wrong is not None:
+            (shape, dtype), (was, kind) = there[wrong], self.signature[wrong]
+            fact = f"{wrong} is {shape} of {dtype}, not {was} of {kind}"
+            raise FxrepError(f"another architecture than was collapsed: {fact}; collapse this one anew")
+        other = next((new[0] for new, old in zip(layers or (), self.layers, strict=False) if new != old), None)
+        if other is not None or len(layers or self.layers) != len(self.layers):
+            raise FxrepError(f"another architecture than was collapsed: at {other or 'its end'}; collapse it anew")
+
+    def _needed(self) -> list[str]:
+        read = [n.name for f in self.folds.values() for n in _named(f.kernel)]
+        read += [n.name for e in self.equal for k in (e.a, e.b) if k is not None for n in _named(k)]
+        return list(dict.fromkeys([*read, *(old for new, old in self.kept.items() if new in self.keys)]))
+
+    def _check_needed(self, tensors: Mapping[str, Tensor]) -> None:
+        """Raises FxrepError where what the plan took for granted of the numbers is not so of these."""
+        missing = next((n for n in self._needed() if n not in tensors), None)
+        if missing is not None:
+            raise FxrepError(f"another architecture than was collapsed: {missing} is missing; collapse this one anew")
+        changed = next((n for n, was in self.indices.items() if not torch.equal(was, tensors[n].cpu())), None)
+        if changed is not None:
+            raise FxrepError(f"{changed} holds other indices than when the model was collapsed; collapse it anew")
+        for one in self.equal:
+            if not _over(one, lambda kernel: _bind(kernel, tensors)).holds:
+                names = ", ".join(n.name for k in (one.a, one.b) if k is not None for n in _named(k))
+                fact = f"a border was padded with what {names} gave there, and these weights give something else"
+                raise FxrepError(f"{fact}; collapse this model anew")
+
+    def _bound(self, tensors: Mapping[str, Tensor]) -> Iterable[tuple[str, Fold]]:
+        return ((n, replace(f, kernel=_bind(f.kernel, tensors))) for n, f in self.folds.items())
+
+
+def refold(collapsed: nn.Module, model: nn.Module) -> None:
+    """Folds new weights of the architecture that `collapsed` was made from into it, without tracing or planning.
+
+    For an EMA copy, or the checkpoint of the next epoch: in the time of the folding alone. `model` may be in training
+    mode and stays as it is. Kept tensors are refreshed too. The plan travels with a deep copy, not with a pickle.
+
+    Raises FxrepError, with `collapsed` as it was, for a model of another architecture, shape or dtype.
+    """
+    plan = vars(collapsed).get("plan")
+    if not isinstance(plan, FoldPlan):
+        raise FxrepError(f"{type(collapsed).__name__} is no result of fxrep.reparameterize; refold into one that is")
+    if not isinstance(model, nn.Module):
+        raise FxrepError(f"got {type(model).__name__}, not a torch.nn.Module; plan.fold_state_dict takes a state dict")
+    plan.refold(collapsed, model)
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """What another model must have in common with the one that was collapsed."""
+
+    signature: Mapping[str, tuple[tuple[int, ...], torch.dtype]]
+    layers: tuple[tuple[str, str, int], ...]
+
+    @staticmethod
+    def of(model: nn.Module) -> Architecture:
+        return Architecture({n: (tuple(t.shape), t.dtype) for n, t in _registered(model).items()}, layers_of(model))
+
+
+def make_fold_plan(result: nn.Module, root: nn.Module, before: Architecture) -> FoldPlan:
+    """From the drafts in `result` and the names that `root`, around the same tensors, has for their leaves."""
+    drafts = [(name, vars(m).pop(DRAFT)) for name, m in result.named_modules() if DRAFT in vars(m)]
+    names = {id(t): name for name, t in reversed(tensors_of(root).items())}
+    folds, equal, indices = dict[str, Fold](), list[Equal](), dict[str, Tensor]()
+    try:
+        for prefix, draft in drafts:
+            folds |= {_joined(prefix, n): replace(f, kernel=_renamed(f.kernel, names)) for n, f in draft.folds.items()}
+            equal += [_over(e, lambda kernel: _renamed(kernel, names)) for e in draft.equal]
+            indices |= {names[id(t)]: t.detach().cpu().clone() for t in draft.indices if id(t) in names}
+    except KeyError as unnamed:
+        return FoldPlan(lost=str(unnamed.args[0]))
+    present = tensors_of(result)
+    kept = {new: names[id(t)] for new, t in present.items() if new not in folds and id(t) in names}
+    static = {new: t for new, t in _registered(result).items() if new not in folds and new not in kept}
+    keys = tuple(result.state_dict(keep_vars=True))
+    return FoldPlan(folds, kept, static, tuple(equal), indices, before.signature, before.layers, keys)
+
+
+def _joined(prefix: str, name: str) -> str:
+    return f"{prefix}.{name}" if prefix else name
+
+
+def tensors_of(model: nn.Module) -> dict[str, Tensor]:
+    """Parameters, buffers and plain tensor attributes by their dotted names, each under every name that it has."""
+    found = _registered(model)
+    for prefix, module in model.named_modules(remove_duplicate=False):
+        plain = ((n, t) for n, t in vars(module).items() if isinstance(t, Tensor))
+        found |= {_joined(prefix, n): t for n, t in plain}
+    return found
+
+
+def _registered(model: nn.Module) -> dict[str, Tensor]:
+    tensors = (*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False))
+    return dict(tensors)
+
+
+def layers_of(model: nn.Module) -> tuple[tuple[str, str, int], ...]:
+    """Name, class and a hash of the plain settings of each module: strides, pads, eps."""
+    return tuple((name, type(m).__qualname__, _settings(m)) for name, m in model.named_modules())
+
+
+def _settings(module: nn.Module) -> int:
+    plain = ((k, v) for k, v in vars(module).items() if k != "training" and type(v) in (int, float, bool, str, tuple))
+    return hash(repr(tuple(plain)))
+
+
+def _named(kernel: Kernel) -> Iterable[Named]:
+    return (leaf for leaf in K.leaves(kernel) if isinstance(leaf, Named))
+
+
+def _renamed(kernel: Kernel, names: Mapping[int, str]) -> Kernel:
+    """The kernel with names in the place of the model's tensors; constants that tracing made stay."""
+
+    def named(leaf: K.Leaf) -> Kernel:
+        name = names.get(id(leaf.tensor))
+        if name is None:
+            raise KeyError("a weight is computed before the forward, by a parametrisation or a hook")
+        if name.rpartition(".")[2].startswith("_tensor_constant"):
+            return K.Leaf.of(leaf.tensor.detach().clone(), leaf.axes)
+        return Named(leaf.shape, torch.empty(leaf.tensor.shape, device="meta"), leaf.axes, name)
+
+    return _with_leaves(kernel, named)
+
+
+def _bind(kernel: Kernel, tensors: Mapping[str, Tensor]) -> Kernel:
+    def bound(leaf: K.Leaf) -> Kernel:
+        return K.Leaf.of(tensors[leaf.name], leaf.axes) if isinstance(leaf, Named) else leaf
+
+    return _with_leaves(kernel, bound)
+
+
+def _over(equal: Equal, change: Callable[[Kernel], Kernel]) -> Equal:
+    a, b = (None if kernel is None else change(kernel) for kernel in (equal.a, equal.b))
+    return Equal(a, b, equal.length)
+
+
+def _with_leaves(kernel: Kernel, change: Any) -> Kernel:
+    """The same expression over other leaves."""
+    made: dict[int, Kernel] = {}
+
+    def swapped(value: Any) -> Any:
+        if isinstance(value, tuple):
+            return tuple(map(swapped, value))
+        return made[id(value)] if isinstance(value, Kernel) else value
+
+    for node in K.topological((kernel,)):
+        if isinstance(node, K.Leaf):
+            made[id(node)] = change(node)
+        elif not node.operands:
+            made[id(node)] = node
+        else:
+            changed = {f.name: swapped(getattr(node, f.name)) for f in fields(node) if f.init}
+            made[id(node)] = replace(node, **changed)
+    return made[id(kernel)]
