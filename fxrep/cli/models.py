@@ -1,4 +1,4 @@
-"""MODEL on the command line: torchvision:NAME, timm:NAME, FILE.py:CALLABLE or MODULE:CALLABLE → a module."""
+"""MODEL on the command line: torchvision:NAME, timm:NAME, transformers:NAME, FILE.py:CALLABLE or MODULE:CALLABLE → a module."""
 
 from __future__ import annotations
 
@@ -24,6 +24,7 @@ MODEL_HELP = """\
 MODEL is one of
   torchvision:NAME     a model of torchvision.models, such as torchvision:resnet50
   timm:NAME            a model of timm, such as timm:repvgg_a0
+  transformers:NAME    of transformers the NAMEModel as its NAMEConfig has it, such as transformers:ResNet
   FILE.py:CALLABLE     from a file, such as nets/mine.py:Net
   MODULE:CALLABLE      from an importable module, such as mypackage.nets:build
 CALLABLE is an nn.Module class or a function that gives a module, callable without arguments, or a module.
@@ -58,15 +59,26 @@ def load_timm(name: str) -> nn.Module:
     return build(lambda: timm.create_model(name, pretrained=False), f"timm:{name}")
 
 
-ZOOS: dict[str, Callable[[str], nn.Module]] = {"torchvision": load_torchvision, "timm": load_timm}
+def load_transformers(name: str) -> nn.Module:
+    transformers = load_extra("transformers", "zoo")
+    ending = "Config"
+    known = [key.removesuffix(ending) for key in dir(transformers) if key.endswith(ending)]
+    check_known(name, known, "transformers")
+    config, kind = (getattr(transformers, f"{name}{what}") for what in (ending, "Model"))
+    return build(lambda: kind(config()), f"transformers:{name}")
 
 
-def load_extra(module: str) -> ModuleType:
+ZOOS: dict[str, Callable[[str], nn.Module]] = {
+    "torchvision": load_torchvision, "timm": load_timm, "transformers": load_transformers
+}  # fmt: skip
+
+
+def load_extra(module: str, extra: str = "vision") -> ModuleType:
     try:
         return importlib.import_module(module)
     except Exception as error:  # torchvision beside a torch that it was not built for raises RuntimeError
         package = module.partition(".")[0]
-        raise Unusable(f'{package} cannot be imported ({error}): pip install "fxrep[vision]"') from error
+        raise Unusable(f'{package} cannot be imported ({error}): pip install "fxrep[{extra}]"') from error
 
 
 def check_known(name: str, known: Iterable[str], zoo: str) -> None:
