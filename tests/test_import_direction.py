@@ -44,13 +44,14 @@ ORDER = (
     "pipeline",
     "api",
     "conversion",
+    "zoo",
     "testing",
     "__init__",
     "cli",
     "__main__",
 )
 WITHOUT_FX = ("kernel", "evaluation", "affine", "composition", "parts", "form", "shapes", "cost", "report")
-CLI_MAY_IMPORT = {"errors", "report", "api", "__init__"}
+CLI_MAY_IMPORT = {"errors", "report", "api", "zoo", "__init__"}
 
 FILES = sorted(PACKAGE.rglob("*.py"))
 

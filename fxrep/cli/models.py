@@ -1,4 +1,4 @@
-"""MODEL on the command line: torchvision:NAME, timm:NAME, transformers:NAME, FILE.py:CALLABLE or MODULE:CALLABLE → a module."""
+"""MODEL on the command line: torchvision, timm, transformers, FILE.py:CALLABLE or MODULE:CALLABLE → a module."""
 
 from __future__ import annotations
 
