@@ -46,7 +46,7 @@ def _convolve(
     if not plain or 1 < groups < len(weight) or weight.numel() < SMALL:
         return function(x, weight.double(), bias, stride, padding, dilation, groups)
     stride, padding, dilation = ((v,) * dims if isinstance(v, int) else tuple(v) for v in (stride, padding, dilation))
-    if 1 < groups == len(weight) and prod(weight.shape[2:]) <= MOST_TAPS:
+    if 1 < groups == len(weight) and weight.shape[1] == 1 and prod(weight.shape[2:]) <= MOST_TAPS:
         return depthwise(x, weight.double(), bias, stride, padding, dilation)
     if groups == 1 and dims == 2:
         return _dense(x, weight, bias, stride, padding, dilation)

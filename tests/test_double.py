@@ -50,6 +50,14 @@ def test_all_else_is_torchs_own(shape, options):
         assert torch.equal(F.conv2d(x, weight, **options), expected)
 
 
+def test_one_row_a_group_of_several_channels():
+    """What the certificate makes of a grouped convolution when it sums the rows of each group."""
+    x, weight = torch.randn(1, 64, 9, 9, dtype=torch.float64), torch.randn(32, 2, 3, 3, dtype=torch.float64)
+    expected = F.conv2d(x, weight, groups=32)
+    with InDouble():
+        assert torch.equal(F.conv2d(x, weight, groups=32), expected)
+
+
 def test_an_unbatched_map_is_torchs_own():
     x, weight = torch.randn(4, 9, 9, dtype=torch.float64), torch.randn(4, 1, 3, 3, dtype=torch.float64)
     with InDouble():
