@@ -12,15 +12,15 @@ from torch import Tensor, nn
 from torch.fx import GraphModule
 from torch.nn.parameter import UninitializedParameter
 
-from fxrep.census import census_of_module
 from fxrep.copying import structural_copy
 from fxrep.cost import Profile, profile_for
-from fxrep.errors import FxrepError, Refusal
+from fxrep.errors import FxrepError
+from fxrep.islands import Begin, Islands
 from fxrep.ownership import carry_attributes, own_tensors
 from fxrep.pipeline import Pipeline
 from fxrep.refolding import Architecture, make_fold_plan
 from fxrep.report import Report
-from fxrep.trace import trace
+from fxrep.trace import Traced
 
 Examples = Tensor | tuple[Any, ...] | list[Any] | Mapping[str, Any] | None
 
@@ -56,11 +56,8 @@ def reparameterize(
     with _no_collections():
         root = structural_copy(model)
         before = Architecture.of(root)
-        traced = trace(root, examples)
-        name = type(model).__name__
-        if isinstance(traced, Refusal):
-            return _finished(root, root, model, before, _untraceable(model, traced), inplace)
-        collapsed, report = Pipeline(name, traced, examples, profile or _profile(model), strict).rewrite(inplace)
+        begin = _pipeline(model, profile, strict)
+        collapsed, report = Islands(root, begin, writes=True, inplace=inplace).collapse(examples)
         return _finished(collapsed, root, model, before, report, inplace)
 
 
@@ -69,12 +66,8 @@ def explain(
 ) -> Report:
     """The report that `reparameterize` would give, without rewriting: nothing is folded, so nothing is certified."""
     _check_model(model)
-    examples = _bind(model, example_inputs)
-    traced = trace(structural_copy(model), examples)
-    name = type(model).__name__
-    if isinstance(traced, Refusal):
-        return _untraceable(model, traced)
-    return Pipeline(name, traced, examples, profile or _profile(model), strict).explain()
+    islands = Islands(structural_copy(model), _pipeline(model, profile, strict), writes=False)
+    return islands.collapse(_bind(model, example_inputs))[1]
 
 
 @contextmanager
@@ -89,9 +82,14 @@ def _no_collections() -> Iterator[None]:
             gc.enable()
 
 
-def _untraceable(model: nn.Module, refusal: Refusal) -> Report:
-    counts = census_of_module(model)
-    return Report(type(model).__name__, (), (refusal,), counts, counts, 0.0, 0.0)
+def _pipeline(model: nn.Module, profile: Profile | None, strict: bool) -> Begin:
+    """What starts the line for one traced module."""
+    chosen = profile or profile_for(next((p.device.type for p in model.parameters()), "cpu"))
+
+    def begin(name: str, traced: Traced, examples: Mapping[str, Any]) -> Pipeline:
+        return Pipeline(name, traced, examples, chosen, strict)
+
+    return begin
 
 
 def _check_model(model: object) -> None:
@@ -129,10 +127,6 @@ def _bind(model: nn.Module, example_inputs: Examples) -> dict[str, Any]:
     except TypeError as error:
         raise FxrepError(f"example_inputs do not fit {type(model).__name__}.forward{signature}: {error}") from None
     return dict(bound.arguments)
-
-
-def _profile(model: nn.Module) -> Profile:
-    return profile_for(next((p.device.type for p in model.parameters()), "cpu"))
 
 
 def _finished(

@@ -66,6 +66,14 @@ class Map(Kernel):
 
 
 @dataclass(frozen=True, eq=False)
+class Several(Map):
+    """A `function(*operands)` that gives several tensors: what a chunk of a parameter is, until one piece is taken."""
+
+    def _compute(self, *values: Tensor) -> Tensor:
+        return self.function(*values)
+
+
+@dataclass(frozen=True, eq=False)
 class Dirac(Kernel):
     """The identity of a depthwise one-tap operator, or with fewer groups its denser form: W[c, c mod I/g] = 1."""
 

@@ -18,6 +18,7 @@ from torch.fx import Graph, Node
 
 from fxrep.readers import is_hooked
 from fxrep.readers.borders import assigned
+from fxrep.readers.walk import writes
 
 OPERATORS = {
     operator.iadd: operator.add, operator.isub: operator.sub, operator.imul: operator.mul,
@@ -36,8 +37,6 @@ FUNCTIONS: dict[Any, Any] = {
     torch.nn.functional.hardtanh_: torch.nn.functional.hardtanh, torch.nn.functional.selu_: torch.nn.functional.selu,
     operator.setitem: assigned,
 }  # fmt: skip
-#: Methods that end in an underscore and yet write no numbers.
-HARMLESS = ("requires_grad_", "detach_", "share_memory_", "rename_")
 IDENTITY_MODULES = (
     nn.Identity,
     nn.Dropout,
@@ -158,18 +157,9 @@ def _written_operand(node: Node, modules: dict[str, nn.Module]) -> Node | None:
         return None
     if node.op == "call_module":
         return first if getattr(modules.get(str(node.target)), "inplace", False) is True else None
-    if node.op == "call_method":
-        name = str(node.target)
-        writes = name.endswith("_") and not name.endswith("__") and name not in HARMLESS
-        return first if writes or name == "__setitem__" else None
-    if node.op != "call_function":
-        return None
     if isinstance(out := node.kwargs.get("out"), Node):
         return out
-    name = getattr(node.target, "__name__", "")
-    known = node.target in OPERATORS or node.target in FUNCTIONS
-    writes = known or node.kwargs.get("inplace") is True or (name.endswith("_") and not name.endswith("__"))
-    return first if writes else None
+    return first if writes(node.target, node.kwargs) else None
 
 
 def _may_share_with(node: Node, modules: dict[str, nn.Module]) -> list[Node]:

@@ -97,10 +97,9 @@ class Pipeline:
         )
         read = [r for r in self.readings.refusals.values() if self._is_declined(r)]
         told = tuple(self._told(r) for r in (*read, *plan.refusals, *refused))
-        refusals = (*self.traced.kept, *told)
         drawn = scene(self.graph, self.modules, self.readings, plan)
         return Report(
-            self.name, collapses, refusals, self.before, after, plan.seconds_before, plan.seconds_after, drawn,
+            self.name, collapses, told, self.before, after, plan.seconds_before, plan.seconds_after, drawn,
             tuple(replace(picture, layer=names[emit]) for emit, picture in (shown or {}).items()),
         )  # fmt: skip
 

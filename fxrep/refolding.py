@@ -15,6 +15,7 @@ from fxrep.errors import FxrepError
 from fxrep.evaluation import Doubles
 from fxrep.kernel import Kernel
 from fxrep.rows import blocks
+from fxrep.snapshot import CONSTANT
 
 DRAFT = "_fxrep_draft"  # where a collapsed module holds its folds until it is known what their leaves are called
 
@@ -195,16 +196,19 @@ class Architecture:
 
     signature: Mapping[str, tuple[tuple[int, ...], torch.dtype]]
     layers: tuple[tuple[str, str, int], ...]
+    tensors: Mapping[str, Tensor]
 
     @staticmethod
     def of(model: nn.Module) -> Architecture:
-        return Architecture({n: (tuple(t.shape), t.dtype) for n, t in _registered(model).items()}, layers_of(model))
+        signature = {n: (tuple(t.shape), t.dtype) for n, t in _registered(model).items()}
+        return Architecture(signature, layers_of(model), tensors_of(model))
 
 
 def make_fold_plan(result: nn.Module, root: nn.Module, before: Architecture) -> FoldPlan:
-    """From the drafts in `result` and the names that `root`, around the same tensors, has for their leaves."""
+    """From the drafts in `result` and the names that their leaves had before, or that tracing gave them in `root`."""
     drafts = [(name, vars(m).pop(DRAFT)) for name, m in result.named_modules() if DRAFT in vars(m)]
-    names = {id(t): name for name, t in reversed(tensors_of(root).items())}
+    constants = {name: t for name, t in tensors_of(root).items() if CONSTANT in name}
+    names = {id(t): name for name, t in reversed({**constants, **before.tensors}.items())}
     folds, equal, indices = dict[str, Fold](), list[Equal](), dict[str, Tensor]()
     try:
         for prefix, draft in drafts:
@@ -258,8 +262,8 @@ def _renamed(kernel: Kernel, names: Mapping[int, str]) -> Kernel:
     def named(leaf: K.Leaf) -> Kernel:
         name = names.get(id(leaf.tensor))
         if name is None:
-            raise KeyError("a weight is computed before the forward, by a parametrisation or a hook")
-        if name.rpartition(".")[2].startswith("_tensor_constant"):
+            raise KeyError("a weight is computed outside of the forward: by a parametrisation, a hook or a kept module")
+        if name.rpartition(".")[2].startswith(CONSTANT):
             return K.Leaf.of(leaf.tensor.detach().clone(), leaf.axes)
         return Named(leaf.shape, torch.empty(leaf.tensor.shape, device="meta"), leaf.axes, name)
 

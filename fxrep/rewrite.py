@@ -23,7 +23,7 @@ from fxrep.readers import Readings, is_bypass
 from fxrep.readers.walk import ASSERTS
 from fxrep.refolding import DRAFT, Draft, Fold
 from fxrep.shapes import Dim, Product, Size
-from fxrep.trace import Recorder
+from fxrep.tracer import Recorder
 
 PROVENANCE = "fxrep_provenance"
 
@@ -78,7 +78,7 @@ class Rewriter:
         if name in self.plan.decisions:
             self.env[node] = self._decision(self.plan.decisions[name])
             return
-        size = name in self.readings.facts.scalars
+        size = name in self.readings.facts.scalars and node.target not in ASSERTS
         stranded = any(n not in self.env for n in node.all_input_nodes)
         if self._is_settled_assert(node) or (size and not node.users):
             return
@@ -90,11 +90,7 @@ class Rewriter:
         self.env[node] = copied
         if name in self.guarded:
             self._guard(copied, self.guarded[name])
-        if (
-            name in self.readings.facts.constants
-            or name in self.readings.facts.scalars
-            or is_bypass(node, self.readings)
-        ):
+        if size or name in self.readings.facts.constants or is_bypass(node, self.readings):
             self.droppable.append(copied)
 
     def _assumptions(self) -> dict[str, int]:

@@ -61,3 +61,21 @@ def conv_bn(channels: int = 3, **options: Any) -> nn.Sequential:
 def real_network() -> nn.Module:
     torch.manual_seed(0)
     return randomise(torchvision.models.resnet18(weights=None, num_classes=10)).double()
+
+
+class Asserting(nn.Module):
+    """Checks what it is given, in the ways in which this is written."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Sequential(nn.Conv2d(4, 4, 3, padding=1), nn.BatchNorm2d(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        _, channels, height, width = x.shape
+        assert channels == 4, f"got {channels} channels"
+        assert height > 2 and width > 2  # noqa: PT018
+        if height > 99 or width > 99:
+            raise ValueError(f"{height} is too large")
+        if not x.is_floating_point():
+            raise TypeError("no float")
+        return self.body(x) / max(height, width) + min(x.shape[-2:]) + max(1, 2)

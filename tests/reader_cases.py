@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 import fxrep
-from fxrep.trace import Tracer
+from fxrep.tracer import Tracer
 
 TOLERANCE = 1e-10
 KINDS = {

@@ -227,7 +227,7 @@ def test_a_parametrised_weight_is_refused():
     model = net()
     nn.utils.parametrizations.weight_norm(model.stem[0])
     collapsed = fxrep.reparameterize(model)
-    with pytest.raises(FxrepError, match="parametrisation or a hook; collapse the model again"):
+    with pytest.raises(FxrepError, match="parametrisation, a hook or a kept module; collapse the model again"):
         collapsed.refold(model)
 
 

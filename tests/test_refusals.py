@@ -101,6 +101,18 @@ def hooked() -> nn.Module:
     return m
 
 
+class ReachingInto(nn.Module):
+    """Cannot be traced, and reads a weight of the layer that it calls."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.bn = conv(), nn.BatchNorm2d(4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.bn(self.conv(x)) * (1 + self.conv.weight.sum())
+        return y if x.shape[-1] > 2 else -y
+
+
 class Branching(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -276,6 +288,10 @@ WITNESSES: dict[str, Witness] = {
     ),
     "not-affine": Witness(
         lambda: Net(lambda m, x: m.bn(m.conv(x) * x.mean()), conv=conv(), bn=nn.BatchNorm2d(4)), conv_bn
+    ),
+    "reached-into": Witness(
+        lambda: Net(lambda m, x: m.block(x), block=ReachingInto()),
+        lambda m: lambda x: conv_bn(m.block)(x) * (1 + into(m.block.conv, m.block.bn)[0].sum()),
     ),
     "not-traceable": Witness(
         lambda: Net(lambda m, x: m.block(x), block=Branching()),

@@ -25,6 +25,9 @@ OTHER_METADATA = ("dtype", "device", "is_cuda", "layout", "requires_grad", "is_q
 METADATA_METHODS = ("size", "dim", "ndimension", "numel", "is_floating_point", "stride", "is_contiguous")
 ASSERTS = (torch._assert,)
 LATER_KNOWN = ("shape-unknown", "rank-unknown", "broadcast")  # refusals that a later op's facts may lift
+#: Methods that end in an underscore and yet write no numbers.
+HARMLESS = ("requires_grad_", "detach_", "share_memory_", "rename_")
+ASSIGNING = ("setitem", "iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow", "iand", "ior", "ixor")
 RANDOM = ("rand", "randn", "randint", "randperm", "bernoulli", "normal", "multinomial", "poisson", "exponential",
           "uniform", "cauchy", "geometric", "log_normal", "random", "rrelu", "gumbel_softmax")  # fmt: skip
 
@@ -173,7 +176,9 @@ def _note_constant(node: Node, facts: Facts) -> bool:
             return True
         return False
     operands = node.all_input_nodes
-    if node.op not in ("call_function", "call_method") or not operands or _is_random(node):
+    if node.op not in ("call_function", "call_method") or not operands or is_random(node):
+        return False
+    if writes(node.target, node.kwargs):
         return False
     if any(o.name not in facts.constants for o in operands):
         return False
@@ -183,7 +188,14 @@ def _note_constant(node: Node, facts: Facts) -> bool:
     return kernel is not None
 
 
-def _is_random(node: Node) -> bool:
+def writes(target: Any, kwargs: Mapping[str, Any]) -> bool:
+    """Whether a function or method writes into its first operand, as far as its name tells."""
+    name = str(getattr(target, "__name__", target))
+    in_place = name.endswith("_") and not name.endswith("__") and name not in HARMLESS
+    return in_place or name.strip("_") in ASSIGNING or kwargs.get("inplace") is True
+
+
+def is_random(node: Node) -> bool:
     name = str(getattr(node.target, "__name__", node.target)).removesuffix("_").removesuffix("_like")
     return name in RANDOM or "dropout" in name
 
@@ -206,6 +218,8 @@ def _computed(node: Node, operands: list[Node], facts: Facts) -> Kernel | None:
             sample = run(*(_as_stored(k) for k in kernels))
     except Exception:
         return None
+    if isinstance(sample, (tuple, list)) and all(isinstance(t, Tensor) for t in sample):
+        return K.Several((), run, kernels)
     if not isinstance(sample, Tensor):
         return None
     if not sample.is_floating_point():

@@ -1,0 +1,5 @@
+"""What can be collapsed of a module that cannot be traced as a whole."""
+
+from fxrep.islands.collapse import Begin, Islands
+
+__all__ = ["Begin", "Islands"]

@@ -1,0 +1,220 @@
+"""A tracer of `torch.fx` that sees writes, assertions and sizes, and goes on around a module that cannot be traced."""
+
+from __future__ import annotations
+
+import builtins
+import inspect
+import operator
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.overrides import TorchFunctionMode, is_tensor_method_or_property
+
+from fxrep.proxies import (
+    IS_CONSTANT,
+    VALUE,
+    ConstantProxy,
+    Pieces,
+    Proxy,
+    count_of_pieces,
+    is_constant,
+    reaches_parameter,
+)
+from fxrep.readers import is_hooked
+from fxrep.readers.walk import writes
+
+RANDOM_FACTORIES = (
+    "rand", "randn", "randint", "randperm", "normal", "rand_like", "randn_like", "randint_like", "bernoulli",
+)  # fmt: skip
+#: Builtins that give numbers of numbers: of traced sizes they are recorded, not asked.
+RECORDED_BUILTINS = (builtins.max, builtins.min)
+
+
+class Watch(TorchFunctionMode):
+    """Sees the functions that run while tracing, though nothing of them is traced.
+
+    Random numbers that depend on no input are recorded, so that they are drawn at each run and not once. What is
+    computed from buffers is remembered, so that it can be recorded as what it is where it meets a proxy.
+    """
+
+    def __init__(self, tracer: Tracer) -> None:
+        super().__init__()
+        self.tracer = tracer
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if getattr(func, "__name__", "") in RANDOM_FACTORIES:
+            return self.tracer.create_proxy("call_function", func, args, kwargs)
+        result = func(*args, **kwargs)
+        if type(result) is Tensor:
+            self.tracer.remember(result, func, args, kwargs)
+        return result
+
+
+@dataclass(frozen=True)
+class Remembered:
+    """A tensor that was computed while tracing, at which of its versions, and how."""
+
+    tensor: Tensor
+    version: int
+    function: Any
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+
+@contextmanager
+def recorded_builtins() -> Iterator[None]:
+    """While it is entered, `max` and `min` of traced numbers are recorded; of anything else they are what they were."""
+    for function in RECORDED_BUILTINS:
+        setattr(builtins, function.__name__, _recording(function))
+    try:
+        yield
+    finally:
+        for function in RECORDED_BUILTINS:
+            setattr(builtins, function.__name__, function)
+
+
+def _recording(function: Callable[..., Any]) -> Callable[..., Any]:
+    def recorded(*args: Any, **kwargs: Any) -> Any:
+        entries = args[0] if len(args) == 1 and isinstance(args[0], (tuple, list)) else args
+        proxy = next((e for e in entries if isinstance(e, fx.Proxy)), None)
+        if proxy is None or kwargs:
+            return function(*args, **kwargs)
+        return proxy.tracer.create_proxy("call_function", function, args, {})
+
+    return recorded
+
+
+class Recorder(fx.Tracer):
+    """A tracer that sees writes; a pickled result is traced again by it when it is loaded."""
+
+    #: the parameters and buffers of the root by name, before their reading is recorded
+    tensors: Mapping[str, Tensor] = {}
+
+    def proxy(self, node: fx.Node) -> Proxy:
+        if node.op == "get_attr" and str(node.target) in self.tensors:
+            node.meta[VALUE] = self.tensors[str(node.target)]
+        node.meta[IS_CONSTANT] = is_constant(node)
+        if count_of_pieces(node):
+            return Pieces(node, self)
+        return (ConstantProxy if node.meta[IS_CONSTANT] else Proxy)(node, self)
+
+
+class Tracer(Recorder):
+    """fx's tracer with leaves for what must stay whole, and arguments with defaults specialised to their default.
+
+    `kept` names the modules to keep with their own forward, and why; those that fail on the way are added to it.
+    """
+
+    def __init__(self, kept: dict[str, str] | None = None, examples: Mapping[str, Any] | None = None) -> None:
+        super().__init__()
+        self.kept = {} if kept is None else kept
+        self.examples = examples or {}
+        self.names: dict[int, str] = {}
+        self.remembered: dict[int, Remembered] = {}
+        #: by identity: the nodes of parameters and remembered tensors
+        self.recorded: dict[int, fx.Proxy] = {}
+
+    def trace(self, root: Any, concrete_args: dict[str, Any] | None = None) -> fx.Graph:
+        if isinstance(root, nn.Module):
+            tensors = (*root.named_parameters(remove_duplicate=False), *root.named_buffers(remove_duplicate=False))
+            self.tensors = dict(tensors)
+            self.names = {id(tensor): name for name, tensor in reversed(tensors)}
+        with Watch(self), recorded_builtins():
+            return super().trace(root, concrete_args)
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        if module_qualified_name in self.kept or is_hooked(m) or isinstance(m, torch.jit.ScriptModule):
+            return True
+        return super().is_leaf_module(m, module_qualified_name)
+
+    def call_module(self, m: nn.Module, forward: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The module's result; one whose forward fails on proxies is called as a whole, as if it had been a leaf."""
+        before, depth = next(iter(reversed(self.graph.nodes)), None), len(self.module_stack)
+        try:
+            return super().call_module(m, forward, args, kwargs)
+        except Exception as error:  # whatever a forward does with a proxy may raise anything
+            name = self.path_of_module(m)
+            if not name or name in self.kept:
+                raise
+            self.kept[name] = told(error)
+            while len(self.module_stack) > depth:
+                self.module_stack.popitem(last=True)
+            self._forget_since(before)
+            return super().call_module(m, forward, args, kwargs)
+
+    def _forget_since(self, before: fx.Node | None) -> None:
+        """Takes back what was recorded after the node `before`."""
+        while (last := next(iter(reversed(self.graph.nodes)), None)) is not before and last is not None:
+            self.graph.erase_node(last)
+            self.recorded = {key: proxy for key, proxy in self.recorded.items() if proxy.node is not last}
+
+    def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
+        """A parameter as a proxy, found by identity in constant time (fx searches the whole model each time)."""
+        if not isinstance(attr_val, nn.Parameter) or id(attr_val) not in self.names:
+            return attr_val
+        return self._recorded(attr_val)
+
+    def create_proxy(self, kind: str, target: Any, args: Any, kwargs: Any, *rest: Any, **options: Any) -> fx.Proxy:
+        written = args[0] if args and writes(target, kwargs) else None
+        if isinstance(written, fx.Proxy) and reaches_parameter(written.node):
+            raise fx.proxy.TraceError("it writes into a parameter")
+        return super().create_proxy(kind, target, args, kwargs, *rest, **options)
+
+    def create_arg(self, a: Any) -> Any:
+        known = self.remembered.get(id(a)) if isinstance(a, Tensor) else None
+        if id(a) in self.names or (known is not None and known.version == known.tensor._version):
+            return self._recorded(a).node
+        return super().create_arg(a)
+
+    def _recorded(self, tensor: Tensor) -> fx.Proxy:
+        """The proxy of a parameter, a buffer, or of what was computed from buffers: one each."""
+        key = id(tensor)
+        if key not in self.recorded:
+            named = key in self.names
+            self.recorded[key] = (
+                self.create_proxy("get_attr", self.names[key], (), {}) if named else self._record(self.remembered[key])
+            )
+        return self.recorded[key]
+
+    def remember(self, tensor: Tensor, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Notes how a tensor was computed, if buffers are among what it was computed from."""
+        operands: list[Any] = []
+        fx.node.map_aggregate((args, kwargs), operands.append)
+        if any(a is tensor for a in operands) or id(tensor) in self.names or tensor.is_inference():
+            return
+        if any(isinstance(a, Tensor) and (id(a) in self.names or id(a) in self.remembered) for a in operands):
+            self.remembered[id(tensor)] = Remembered(tensor, tensor._version, function, args, kwargs)
+
+    def _record(self, known: Remembered) -> fx.Proxy:
+        if known.function.__name__ == "__get__":  # a property, such as `T`
+            return self.create_proxy("call_function", getattr, (*known.args[:1], known.function.__self__.__name__), {})
+        if is_tensor_method_or_property(known.function):
+            return self.create_proxy("call_method", known.function.__name__, known.args, known.kwargs)
+        return self.create_proxy("call_function", known.function, known.args, known.kwargs)
+
+    def create_args_for_root(self, root_fn: Any, is_module: bool, concrete_args: Any = None) -> tuple[Any, list[Any]]:
+        """An argument with a default is taken to have it, and the graph asserts so; `if mask is None` then decides."""
+        function, args = super().create_args_for_root(root_fn, is_module, concrete_args)
+        parameters = inspect.signature(inspect.unwrap(root_fn)).parameters
+        for i, arg in enumerate(args):
+            if not isinstance(arg, fx.Proxy):
+                continue
+            name = str(arg.node.target)
+            default = parameters[name].default if name in parameters else inspect.Parameter.empty
+            if default is inspect.Parameter.empty or isinstance(self.examples.get(name), Tensor):
+                continue
+            args[i] = default = self.examples.get(name, default)
+            same = operator.is_ if default is None or isinstance(default, bool) else operator.eq
+            message = f"collapsed for {name}={default!r}; pass {name} in example_inputs to collapse it for a tensor"
+            torch._assert(self.create_proxy("call_function", same, (arg, default), {}), message)
+        return function, args
+
+
+def told(error: Exception) -> str:
+    """An exception in one line."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"
