@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -25,6 +26,10 @@ _NAMES = {
     "view": """view _unsafe_view reshape _reshape_alias transpose t permute expand clone _to_copy squeeze unsqueeze
         alias detach contiguous""",
 }
+#: Which argument is the data: a weight may be computed too, and even by a batch norm (of ScaledStdConv).
+_DATA: dict[str, Callable[[tuple[Any, ...]], int]] = {
+    "conv": lambda _: 0, "bn": lambda _: 0, "linear": lambda args: max(len(args) - 2, 0)
+}  # fmt: skip
 _KIND_OF = {name: kind for kind, names in _NAMES.items() for name in names.split()}
 
 
@@ -66,7 +71,8 @@ class Calls(TorchDispatchMode):
         return result
 
     def _note(self, kind: str, made: Tensor, args: tuple[Any, ...], kwargs: Any) -> None:
-        reads = [self._made_by[t] for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor) and t in self._made_by]
+        operands = [args[_DATA[kind](args)]] if kind in _DATA else tree_leaves((args, kwargs))
+        reads = [self._made_by[t] for t in operands if isinstance(t, Tensor) and t in self._made_by]
         if kind == "add" and self._is_bias_of_linear(reads, args):
             kind = "view"
         step = Step(kind, reads)

@@ -71,7 +71,8 @@ def _counted(model: nn.Module, arguments: Arguments) -> tuple[Any, Calls]:
 
 
 def _parameters(model: nn.Module) -> int:
-    return sum(p.numel() for p in model.parameters())
+    """Stored numbers: parameters, and buffers: statistics are folded, fixed kernels become weights."""
+    return sum(t.numel() for t in (*model.parameters(), *model.buffers()) if t.is_floating_point())
 
 
 def _timm(model: nn.Module) -> nn.Module:
