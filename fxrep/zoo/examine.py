@@ -5,10 +5,12 @@ from __future__ import annotations
 import copy
 import gc
 import math
+import subprocess
 import time
 import warnings
 from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,6 +18,7 @@ from torch import Tensor, nn
 from torch.fx.experimental.optimization import fuse
 from torch.utils._pytree import tree_map_only
 
+import fxrep
 from fxrep.api import reparameterize
 from fxrep.verification.compare import difference, leaves
 from fxrep.zoo.calls import Calls
@@ -131,7 +134,19 @@ def _sensitivity(truth: Any) -> float | None:
 
 def _versions() -> str:
     libraries = ("torch", "torchvision", "timm", "transformers")
-    return ", ".join(f"{name} {found}" for name in libraries if (found := _version(name)))
+    found = {"fxrep": f"{fxrep.__version__}{_revision()}", **{name: _version(name) for name in libraries}}
+    return ", ".join(f"{name} {version}" for name, version in found.items() if version)
+
+
+def _revision() -> str:
+    """+COMMIT, where the package is run from its repository: a row is of the code that made it."""
+    root = Path(fxrep.__file__).parents[1]
+    if not (root / ".git").exists():
+        return ""
+    described = subprocess.run(
+        ["git", "-C", str(root), "describe", "--always", "--dirty", "--exclude=*"], capture_output=True, text=True
+    )
+    return f"+{described.stdout.strip()}" if described.returncode == 0 else ""
 
 
 def _version(name: str) -> str:

@@ -14,11 +14,12 @@ HEADINGS = ("network", "input", *KINDS, "MACs", "parameters", "timm leaves", "to
 ABOUT = """\
 Every network is built with random weights, random batch-norm statistics around those of real activations and no scale
 at zero, and collapsed. Calls are counted where they run, below Python: before → after, or one number where nothing
-changed. MACs and parameters (with floating-point buffers) likewise. *timm leaves* and *torch leaves* are the conv / bn / add calls after `timm`'s
-`reparameterize_model` and after `torch.fx.experimental.optimization.fuse`, or the exception that they raise. *error* is
-the largest difference of the collapsed network in float64, relative to an output's largest value; *ratio* the error of
-the collapsed network in float32 over the original's own. A row falls *short* if any of its numbers is larger than
-before, if timm leaves fewer calls, or if a batch norm is left beside a convolution or linear layer that could take it.
+changed. MACs and parameters (with floating-point buffers) likewise. *timm leaves* and *torch leaves* are the conv / bn
+/ add calls after `timm`'s `reparameterize_model` and after `torch.fx.experimental.optimization.fuse`, or the exception
+that they raise. *error* is the largest difference of the collapsed network in float64, relative to an output's largest
+value; *ratio* the error of the collapsed network in float32 over the original's own. A row falls *short* if any of its
+numbers is larger than before, if timm leaves fewer calls, or if a batch norm is left beside a convolution or linear
+layer that could take it.
 """
 
 
