@@ -6,6 +6,7 @@ import gc
 import inspect
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
@@ -21,6 +22,7 @@ from fxrep.pipeline import Pipeline
 from fxrep.refolding import Architecture, make_fold_plan
 from fxrep.report import Report
 from fxrep.trace import Traced
+from fxrep.wrappers import unwrapped
 
 Examples = Tensor | tuple[Any, ...] | list[Any] | Mapping[str, Any] | None
 
@@ -36,7 +38,8 @@ def reparameterize(
     """The network with every affine region that pays replaced by the one convolution that it equals.
 
     Args:
-        model: any module, in training or eval mode; it is not touched (but see `inplace`).
+        model: any module, in training or eval mode; it is not touched (but see `inplace`). Of a compiled one, or one
+            in DataParallel, the model inside is collapsed: compile or wrap the result.
         example_inputs: a tensor, a tuple of positional or a dict of keyword arguments. They sharpen costs, and tell
             the number of axes of each input where the network itself does not; nothing is specialised to their sizes.
         inplace: reuse the model's tensors instead of copying those that are kept; do not use the model afterwards.
@@ -51,7 +54,7 @@ def reparameterize(
     Raises:
         FxrepError: `model` is no module, or `example_inputs` do not fit its forward.
     """
-    _check_model(model)
+    model = _checked(model)
     examples = _bind(model, example_inputs)
     with _no_collections():
         root = structural_copy(model)
@@ -65,7 +68,7 @@ def explain(
     model: nn.Module, example_inputs: Examples = None, *, strict: bool = False, profile: Profile | None = None
 ) -> Report:
     """The report that `reparameterize` would give, without rewriting: nothing is folded, so nothing is certified."""
-    _check_model(model)
+    model = _checked(model)
     islands = Islands(structural_copy(model), _pipeline(model, profile, strict), writes=False)
     return islands.collapse(_bind(model, example_inputs))[1]
 
@@ -92,16 +95,20 @@ def _pipeline(model: nn.Module, profile: Profile | None, strict: bool) -> Begin:
     return begin
 
 
-def _check_model(model: object) -> None:
+def _checked(model: object) -> nn.Module:
+    """The model itself, without what is only around it. Raises FxrepError for what is none."""
     if isinstance(model, nn.Module):
         _check_initialised(model)
-        return
+        return unwrapped(model)
     if isinstance(model, Mapping):
         raise FxrepError(
             "got a state dict, not a model; build the model, call load_state_dict on it, and pass the model"
         )
     if isinstance(model, type) and issubclass(model, nn.Module):
         raise FxrepError(f"got the class {model.__name__}; pass an instance, {model.__name__}(...)")
+    if isinstance(model, (str, Path)):
+        given = f"{type(model).__name__} {str(model)!r}"
+        raise FxrepError(f"got the {given}, not a model; build it first, and fxrep.load_weights reads a checkpoint")
     raise FxrepError(f"got {type(model).__name__}, not a torch.nn.Module; pass the model itself")
 
 

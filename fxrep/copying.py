@@ -7,6 +7,7 @@ from collections import OrderedDict
 from collections.abc import Iterator
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from fxrep.errors import FxrepError
@@ -49,7 +50,8 @@ def structural_copy(model: nn.Module) -> nn.Module:
 def _complete(old: nn.Module, new: nn.Module) -> None:
     """What a module that copies itself loses by it: a GraphModule its plain attributes and its hooks."""
     for name, attribute in vars(old).items():
-        vars(new).setdefault(name, attribute)
+        if not isinstance(attribute, torch._C.ScriptMethod):  # a program's method runs on the module it is of
+            vars(new).setdefault(name, attribute)
     for name in HOOKS:
         vars(new)[name].update(vars(old)[name])
 

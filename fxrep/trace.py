@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import fx, nn
 
 from fxrep.errors import Refusal
@@ -67,6 +68,10 @@ def _finished(root: nn.Module, graph: fx.Graph, kept: Mapping[str, str]) -> Trac
 
 def _obstacle(root: nn.Module) -> str:
     """Why fx would trace something else than what the root runs, or nothing."""
+    if isinstance(root, torch.jit.ScriptModule):
+        return "it is a TorchScript program; collapse the module that it was made from, then script or trace that"
+    if type(root).forward is nn.Module.forward:
+        return "it has no forward: a container, whose entries can be collapsed one by one"
     if "forward" in vars(root):
         return "the root's forward was replaced on the instance"
     kinds = {p.kind for p in inspect.signature(type(root).forward).parameters.values()}

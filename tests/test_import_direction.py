@@ -45,6 +45,7 @@ ORDER = (
     "drawing",
     "pipeline",
     "islands",
+    "wrappers",
     "api",
     "conversion",
     "zoo",

@@ -96,6 +96,8 @@ def convert(
         Unusable: the path, the weights, a name or a runtime cannot be used.
         FxrepError: the network cannot be exported, or the file is not equal.
     """
+    if not isinstance(model, nn.Module):
+        raise Unusable(f"the first argument is a {type(model).__name__}, not a torch.nn.Module; convert(model, path)")
     target = Path(path)
     form = format_for(target, to)
     _check_target(target, force)
