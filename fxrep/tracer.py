@@ -198,9 +198,13 @@ class Tracer(Recorder):
         return self.create_proxy("call_function", known.function, known.args, known.kwargs)
 
     def create_args_for_root(self, root_fn: Any, is_module: bool, concrete_args: Any = None) -> tuple[Any, list[Any]]:
-        """An argument with a default is taken to have it, and the graph asserts so; `if mask is None` then decides."""
+        """An argument with a default is taken to have it, and the graph asserts so; `if mask is None` then decides.
+
+        Of a first argument that defaults to None the contrary is taken: it is what the network is a function of.
+        """
         function, args = super().create_args_for_root(root_fn, is_module, concrete_args)
         parameters = inspect.signature(inspect.unwrap(root_fn)).parameters
+        given = next(iter([name for name in parameters if name != "self"]), "")
         for i, arg in enumerate(args):
             if not isinstance(arg, fx.Proxy):
                 continue
@@ -208,11 +212,17 @@ class Tracer(Recorder):
             default = parameters[name].default if name in parameters else inspect.Parameter.empty
             if default is inspect.Parameter.empty or isinstance(self.examples.get(name), Tensor):
                 continue
+            if name == given and default is None and name not in self.examples:
+                self._assert(operator.is_not, arg, None, f"collapsed for a {name} that is given")
+                continue
             args[i] = default = self.examples.get(name, default)
             same = operator.is_ if default is None or isinstance(default, bool) else operator.eq
             message = f"collapsed for {name}={default!r}; pass {name} in example_inputs to collapse it for a tensor"
-            torch._assert(self.create_proxy("call_function", same, (arg, default), {}), message)
+            self._assert(same, arg, default, message)
         return function, args
+
+    def _assert(self, relation: Callable[[Any, Any], bool], arg: fx.Proxy, other: Any, message: str) -> None:
+        torch._assert(self.create_proxy("call_function", relation, (arg, other), {}), message)
 
 
 def told(error: Exception) -> str:

@@ -48,6 +48,26 @@ class Branching(nn.Module):
 # What collapses: the number of batch norms that run afterwards
 
 
+class Activated(nn.BatchNorm2d):
+    """A batch norm with a forward and parts of its own, which no reader knows before it is traced."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__(channels)
+        self.act = nn.ReLU()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.act(super().forward(x))
+
+
+class Outspoken(Branching):
+    def __init__(self) -> None:
+        super().__init__()
+        self.block = nn.Sequential(conv(), Activated(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.block(x) if self.grows(x) else -self.block(x)
+
+
 class Called(Branching):
     def forward(self, x: Tensor) -> Tensor:
         return self.block(x) if self.grows(x) else self.other(x)
@@ -159,8 +179,8 @@ class SharedActivation(Branching):
 
 
 COLLAPSED: tuple[type[nn.Module], ...] = (
-    Called, Looped, Zipped, Indexed, Nested, Aliased, Through, Inheriting, SequenceBoth, Optional, Chained, Stepwise,
-    Renamed, SharedActivation,
+    Called, Outspoken, Looped, Zipped, Indexed, Nested, Aliased, Through, Inheriting, SequenceBoth, Optional, Chained,
+    Stepwise, Renamed, SharedActivation,
 )  # fmt: skip
 
 
@@ -403,13 +423,41 @@ class Plainly(Shifting):
         return self.inner(x) if self.grows(x) else -self.inner(x)
 
 
-@pytest.mark.parametrize("kind", [Shifting, Plainly])
+class WithMore(WithDefault):
+    def forward(self, x: Tensor, shift: float = 0.0, **more: float) -> Tensor:
+        return self.body(x) + shift
+
+
+class ShiftingMore(Shifting):
+    """What takes any keyword has no more arguments without a default for that."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = WithMore()
+
+
+class FirstOptional(WithDefault):
+    def forward(self, x: Tensor | None = None, shift: float = 0.0) -> Tensor:
+        if x is None:
+            raise ValueError("x is needed")
+        return self.body(x) + shift
+
+
+class Given(Plainly):
+    """A first argument that defaults to None is what is passed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = FirstOptional()
+
+
+@pytest.mark.parametrize("kind", [Shifting, ShiftingMore, Plainly, Given])
 def test_an_argument_with_a_default_that_is_passed_is_not_taken_to_have_it(kind: type[nn.Module]) -> None:
     network = built(kind)
     collapsed = fxrep.reparameterize(network)
     assert_equal(collapsed, network)
     assert executed(collapsed, draw(*SIZES[0]))["b"] == 0
-    assert isinstance(collapsed.inner, torch.fx.GraphModule) == (kind is Plainly)
+    assert isinstance(collapsed.inner, torch.fx.GraphModule) == (kind in (Plainly, Given))
 
 
 def test_a_module_in_two_places_is_left_alone() -> None:

@@ -243,6 +243,25 @@ def test_arguments_with_defaults_are_specialised_aloud() -> None:
     assert executed(masked, x, mask)["b"] == 0
 
 
+def test_a_first_argument_that_defaults_to_none_is_given() -> None:
+    class Needed(Branching):
+        def forward(self, x: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
+            if x is None:
+                raise ValueError("x is needed")
+            y = self.bn(self.conv(x))
+            return y if mask is None else y * mask
+
+    network, collapsed = collapse(Needed())
+    x = draw(*SIZES[0])
+    equal_results(collapsed, network, x)
+    assert torch.equal(collapsed(x=x), collapsed(x))
+    assert executed(collapsed, x)["b"] == 0
+    with pytest.raises(AssertionError, match="x that is given"):
+        collapsed()
+    with pytest.raises(AssertionError, match="mask"):
+        collapsed(x, x)
+
+
 def test_positional_keyword_and_variadic_arguments() -> None:
     class Many(Branching):
         def forward(self, x: Tensor, /, y: Tensor, *rest: Tensor, z: Tensor) -> Tensor:

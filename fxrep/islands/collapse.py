@@ -24,6 +24,7 @@ from fxrep.trace import Traced, trace, untraceable
 
 Begin = Callable[[str, Traced, Mapping[str, Any]], Pipeline]
 OPENABLE = (nn.ModuleList, nn.ModuleDict, nn.Sequential)
+VARIADIC = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
 
 
 @dataclass(frozen=True)
@@ -149,7 +150,7 @@ def _opened(place: Place, calls: tuple[Arguments, ...]) -> Iterator[Place]:
 
 
 def _fits(module: nn.Module, calls: Sequence[Arguments]) -> bool:
-    """Whether no call gives an argument that has a default: a trace takes it to have that."""
+    """Whether no call gives an argument that has a default: a trace takes it to have that, but for the first."""
     try:
         parameters = list(inspect.signature(module.forward).parameters.values())
     except (TypeError, ValueError):
@@ -157,8 +158,9 @@ def _fits(module: nn.Module, calls: Sequence[Arguments]) -> bool:
     optional = [p for p in parameters if p.default is not p.empty]
     if not optional:
         return True
-    required = len(parameters) - len(optional)
-    names = {p.name for p in optional}
+    given = optional[0] is parameters[0] and optional[0].default is None
+    required = given + sum(p.default is p.empty and p.kind not in VARIADIC for p in parameters)
+    names = {p.name for p in optional[given:]}
     return all(
         c.positional is not None and c.keywords is not None and c.positional <= required and not c.keywords & names
         for c in calls
@@ -166,8 +168,12 @@ def _fits(module: nn.Module, calls: Sequence[Arguments]) -> bool:
 
 
 def _merges_in_sight(module: nn.Module) -> bool:
-    """Whether there are several layers in it that are read as affine: one alone has nothing to merge with."""
-    return sum(_is_affine_layer(m) for m in module.modules()) > 1
+    """Whether a layer in it is read as affine and something else has numbers too: one alone has nothing to merge with.
+
+    What else it is shows when it is traced: a batch norm may well stand in a forward of its own.
+    """
+    numbered = [m for m in module.modules() if m._parameters or m._buffers]
+    return len(numbered) > 1 and any(_is_affine_layer(m) for m in numbered)
 
 
 def _is_affine_layer(module: nn.Module) -> bool:
