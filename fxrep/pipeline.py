@@ -104,11 +104,14 @@ class Pipeline:
         )  # fmt: skip
 
     def _is_declined(self, refusal: Refusal) -> bool:
-        """Whether a merge was in sight: an op that is affine in other circumstances, on an affine value."""
-        node = self.nodes[refusal.node]
-        return refusal.code not in UNTOLD and any(
-            n.name in self.readings.forms for n in (*node.all_input_nodes, *node.users)
-        )
+        """Whether a merge was in sight: an op that is affine in other circumstances, on an affine value.
+
+        Where the rank is not known, a view between the two cannot be read either, and is looked through.
+        """
+        near = _neighbours(self.nodes[refusal.node])
+        if refusal.code == "rank-unknown":
+            near += [n for view in near for n in _neighbours(view)]
+        return refusal.code not in UNTOLD and any(n.name in self.readings.forms for n in near)
 
     def _label(self, name: str) -> str:
         return label_of(self.nodes[name]) if name in self.nodes else name
@@ -117,6 +120,10 @@ class Pipeline:
         """The refusal in the user's names."""
         reason = re.sub(r"\w+", lambda m: self._label(m[0]) if m[0] in self.nodes else m[0], refusal.reason)
         return Refusal(self._label(refusal.node), refusal.code, reason, refusal.hint)
+
+
+def _neighbours(node: Node) -> list[Node]:
+    return [*node.all_input_nodes, *node.users]
 
 
 def _example_shapes(graph: Graph, examples: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:

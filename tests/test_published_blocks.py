@@ -92,6 +92,13 @@ def test_collapses_in_float32_as_in_float64(name: str):
     assert relative_error(got, executed(training_form, example)[0]) < 1e-4
 
 
+def test_a_rank_that_only_an_example_tells_is_asked_for():
+    report = fxrep.reparameterize(build(PUBLISHED["LeViT"])).report
+    assert [(r.node, r.code, r.hint) for r in report.refusals] == [
+        (f"layers.{i}.bn", "rank-unknown", "pass example_inputs") for i in (0, 2)
+    ]
+
+
 def build(block: Published) -> nn.Module:
     torch.manual_seed(0)
     return randomise(block.build()).double().eval()
