@@ -9,6 +9,7 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from fxrep.api import explain, reparameterize
     from fxrep.conversion import Conversion, convert, load_weights
+    from fxrep.equalization import Equalization, equalize
     from fxrep.errors import FxrepError, Refusal
     from fxrep.readers import reader
     from fxrep.refolding import refold
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "Conversion": "fxrep.conversion", "convert": "fxrep.conversion", "load_weights": "fxrep.conversion",
+    "Equalization": "fxrep.equalization", "equalize": "fxrep.equalization",
     "explain": "fxrep.api", "reparameterize": "fxrep.api", "FxrepError": "fxrep.errors", "Refusal": "fxrep.errors",
     "reader": "fxrep.readers", "refold": "fxrep.refolding", "Report": "fxrep.report",
     "Verdict": "fxrep.verification", "verify": "fxrep.verification",
@@ -34,12 +36,14 @@ def __getattr__(name: str) -> Any:
 
 __all__ = [
     "Conversion",
+    "Equalization",
     "FxrepError",
     "Refusal",
     "Report",
     "Verdict",
     "__version__",
     "convert",
+    "equalize",
     "explain",
     "load_weights",
     "reader",

@@ -39,7 +39,7 @@ ORDER = (
     "ownership",
     "rewrite",
     "verification",
-    "verification",
+    "equalization",
     "page",
     "report",
     "drawing",
