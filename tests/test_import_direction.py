@@ -48,9 +48,9 @@ ORDER = (
     "wrappers",
     "api",
     "conversion",
-    "zoo",
     "testing",
     "__init__",
+    "zoo",
     "cli",
     "__main__",
 )
