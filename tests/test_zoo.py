@@ -16,6 +16,7 @@ from zoo_models import HERE, Unrolled
 from fxrep import zoo
 from fxrep.cli import main
 from fxrep.zoo.calls import Calls
+from fxrep.zoo.kinds import KINDS
 from fxrep.zoo.row import Row
 
 MODELS = HERE.with_name("zoo_models.py")
@@ -88,7 +89,10 @@ def test_a_failure_is_told_by_the_exit_code(swept: tuple[Path, int]):
 def test_table_has_a_row_for_every_network(swept: tuple[Path, int]):
     lines = swept[0].with_suffix(".md").read_text(encoding="utf-8").splitlines()
     table = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line.startswith("|")]
-    headings, _, *rows = table
+    goals, (headings, _, *rows) = table[:8], table[8:]
+    assert ["accepted", "2 of 6"] in goals
+    assert ["equal", "2 of 2"] in goals
+    assert ["bn calls", "6 → 0"] in goals
     assert len(rows) == 6
     cells = next(dict(zip(headings, r, strict=True)) for r in rows if r[0].endswith("branches"))
     wanted = {
@@ -116,6 +120,19 @@ def test_rows_that_are_there_are_not_made_again(swept: tuple[Path, int], tmp_pat
     assert again["kept"] == other
     assert again[marked.name].status == "equal"
     assert len(again) == 2
+
+
+def test_what_was_not_run_and_what_falls_short_is_told():
+    counts = dict.fromkeys((*KINDS, "macs", "params"), 2)
+    bad = Row("a", before=counts, after=counts | {"conv": 3}, timm={"conv": 2}, unfolded=("after conv",), error=0.0)
+    good = Row("b", before=counts, after=counts | {"conv": 1}, timm="ValueError", error=0.0)
+    wrong = Row("c", before=counts, after=counts, error=1.0, own32=1e-7, new32=1.0)
+    text = zoo.markdown([bad, good, wrong], "fxrep zoo", ["a", "b", "c", "d", "e"])
+    assert "Not run: d, e." in text
+    wanted = {"no more calls": "2 of 3", "no more conv": "0 of 1", "no bn left": "2 of 3", "equal": "2 of 3"}
+    for goal, count in wanted.items():
+        assert [count in line for line in text.splitlines() if line.startswith(f"| {goal}")] == [True]
+    assert "conv 2 → 3; timm leaves 2 conv, not 3; 1 bn after conv" in text
 
 
 def test_rows_survive_being_written(swept: tuple[Path, int]):

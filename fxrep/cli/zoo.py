@@ -45,7 +45,8 @@ def run(args: argparse.Namespace) -> int:
 
     from fxrep import zoo
 
-    names = chosen(args.names or zoo.default_names(), args.only)
+    asked = args.names or zoo.default_names()
+    names = chosen(asked, args.only)
     limits = zoo.Limits(args.timeout, args.memory)
     done = {} if args.redo else {row.name: row for row in zoo.read_rows(args.out) if row.name in names}
     rows = zoo.sweep(names, load, args.out, jobs=args.jobs, limits=limits, redo=args.redo)
@@ -53,7 +54,7 @@ def run(args: argparse.Namespace) -> int:
         for row in rows:
             bar.update()
             bar.write(f"{row.name}: {row.status}" + (f": {row.why}" if row.why else ""), file=sys.stderr)
-    return finish(args)
+    return finish(args, asked)
 
 
 def chosen(names: list[str], patterns: list[str] | None) -> list[str]:
@@ -63,13 +64,14 @@ def chosen(names: list[str], patterns: list[str] | None) -> list[str]:
     return found
 
 
-def finish(args: argparse.Namespace) -> int:
-    """Writes the table of every row there is, of earlier sweeps too."""
+def finish(args: argparse.Namespace, asked: list[str]) -> int:
+    """Writes the table of every row there is, of earlier sweeps too, and which were asked for and are not there."""
     from fxrep import zoo
 
     rows = sorted(zoo.read_rows(args.out), key=lambda row: row.name)
     zoo.write_rows(rows, args.out)
     if args.markdown:
-        args.markdown.write_text(zoo.markdown(rows, f"fxrep zoo --out {args.out} --markdown {args.markdown}"), "utf-8")
+        command = f"fxrep zoo --out {args.out} --markdown {args.markdown}"
+        args.markdown.write_text(zoo.markdown(rows, command, asked), "utf-8")
     print(zoo.summary(rows))
     return OK if all(row.is_equal for row in rows) else FAILED

@@ -23,10 +23,12 @@ layer that could take it.
 """
 
 
-def markdown(rows: Sequence[Row], command: str) -> str:
-    """The document: what was run, a summary, and a row a network."""
+def markdown(rows: Sequence[Row], command: str, names: Sequence[str] = ()) -> str:
+    """The document: what was run, how far the goals are met, and a row a network; `names` that have none are told."""
     rows = sorted(rows, key=lambda row: row.name)
-    versions = sorted({row.versions for row in rows if row.versions})
+    made_by = Counter(row.versions for row in rows if row.versions)
+    versions = [f"{version} ({count} networks)" for version, count in sorted(made_by.items())]
+    missing = sorted({*names} - {row.name for row in rows})
     return "\n".join((
         "# The zoo",
         "",
@@ -34,6 +36,9 @@ def markdown(rows: Sequence[Row], command: str) -> str:
         "",
         ABOUT,
         summary(rows),
+        *([f"Not run: {', '.join(missing)}."] if missing else []),
+        "",
+        tabulate(goals(rows), ("goal", "networks"), tablefmt="github", disable_numparse=True),
         "",
         tabulate([_cells(row) for row in rows], HEADINGS, tablefmt="github", disable_numparse=True),
         "",
@@ -46,6 +51,22 @@ def summary(rows: Sequence[Row]) -> str:
     told = ((EQUAL, "equal, and nowhere short"), (SHORT, "equal, but short of a goal"), (DIFFERENT, "not equal"))
     counts = [f"{found[status]} {what}" for status, what in told]
     return f"{len(rows)} networks: {', '.join(counts)}, {found['failed']} failed."
+
+
+def goals(rows: Sequence[Row]) -> list[tuple[str, str]]:
+    """Of each goal, how many networks meet it, of how many it is asked of; and the sums of all that ran."""
+    ran = [row for row in rows if not row.failed]
+    tried = [row for row in ran if isinstance(row.timm, dict)]
+    bn = [sum(counts["bn"] for counts in side) for side in ([r.before for r in ran], [r.after for r in ran])]
+    met = (
+        ("accepted", ran, rows),
+        ("equal", [r for r in ran if r.is_equal], ran),
+        ("no more calls of a kind, MACs or parameters than before", [r for r in ran if not r.more], ran),
+        ("no more conv, bn or add than timm's own method leaves", [r for r in tried if not r.beaten], tried),
+        ("no bn left beside a conv or linear that could take it", [r for r in ran if not r.left], ran),
+    )
+    counts = [(goal, f"{len(good)} of {len(asked)}") for goal, good, asked in met]
+    return [*counts, ("bn calls", " → ".join(map(str, bn)))]
 
 
 def _cells(row: Row) -> list[str]:
