@@ -9,14 +9,24 @@ from types import MappingProxyType
 BYTES = 4  # per element: float32; only ratios matter
 
 
+#: Kinds of kernel, each with a peak of its own.
+KINDS = ("dense", "pointwise", "depthwise", "grouped", "linear")
+#: What a plan may make least.
+OBJECTIVES = ("latency", "macs", "params")
+
+
 @dataclass(frozen=True)
 class Profile:
-    """What a device does: multiply-adds per second by kind of kernel, bytes per second, seconds to start an op."""
+    """What a device does: multiply-adds per second by kind of kernel, bytes per second, seconds to start an op.
+
+    `measured` says that they were measured on the very device that it is for.
+    """
 
     name: str
     peak: Mapping[str, float]
     bandwidth: float
     launch: float
+    measured: bool = False
 
 
 #: Two cores of a server in eager mode, and a data-centre GPU: orders of magnitude, for choices and not for predictions.

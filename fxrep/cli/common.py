@@ -6,6 +6,9 @@ import argparse
 import difflib
 import sys
 from collections.abc import Iterable
+from typing import Any
+
+from fxrep.cost import OBJECTIVES
 
 OK, FAILED, UNUSABLE, INTERRUPTED = 0, 1, 2, 130
 
@@ -31,3 +34,22 @@ def summary(error: BaseException) -> str:
 def did_you_mean(name: str, known: Iterable[str]) -> str:
     close = difflib.get_close_matches(name, list(known), n=3)
     return f": did you mean {' or '.join(close)}?" if close else ""
+
+
+def add_profile(parser: argparse.ArgumentParser) -> None:
+    """The options that say what a plan makes least, and by whose costs."""
+    parser.add_argument("--objective", choices=OBJECTIVES, default="latency", help="what to make least")
+    parser.add_argument(
+        "--profile", choices=("shipped", "measured"), default="shipped", help="costs as shipped, or of this machine"
+    )
+    parser.add_argument("--autotune", action="store_true", help="time the collapses on which the costs are unsure")
+
+
+def profile_options(args: argparse.Namespace, device: str = "cpu") -> dict[str, Any]:
+    """These options as `reparameterize` takes them."""
+    options: dict[str, Any] = {"objective": args.objective, "autotune": args.autotune}
+    if args.profile == "measured":
+        import fxrep
+
+        options["profile"] = fxrep.calibrate(device)
+    return options
