@@ -8,6 +8,7 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from fxrep.api import explain, reparameterize
+    from fxrep.calibration import calibrate
     from fxrep.conversion import Conversion, convert, load_weights
     from fxrep.equalization import Equalization, equalize
     from fxrep.errors import FxrepError, Refusal
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     from fxrep.verification import Verdict, verify
 
 _HOMES = {
+    "calibrate": "fxrep.calibration",
     "Conversion": "fxrep.conversion", "convert": "fxrep.conversion", "load_weights": "fxrep.conversion",
     "Equalization": "fxrep.equalization", "equalize": "fxrep.equalization",
     "explain": "fxrep.api", "reparameterize": "fxrep.api", "FxrepError": "fxrep.errors", "Refusal": "fxrep.errors",
@@ -42,6 +44,7 @@ __all__ = [
     "Report",
     "Verdict",
     "__version__",
+    "calibrate",
     "convert",
     "equalize",
     "explain",

@@ -11,8 +11,6 @@ BYTES = 4  # per element: float32; only ratios matter
 
 #: Kinds of kernel, each with a peak of its own.
 KINDS = ("dense", "pointwise", "depthwise", "grouped", "linear")
-#: What a plan may make least.
-OBJECTIVES = ("latency", "macs", "params")
 
 
 @dataclass(frozen=True)
@@ -29,7 +27,8 @@ class Profile:
     measured: bool = False
 
 
-#: Two cores of a server in eager mode, and a data-centre GPU: orders of magnitude, for choices and not for predictions.
+#: Orders of magnitude, for choices and not for predictions. `cpu`: two cores of a server in eager mode. `cuda`: below
+#: the published peak figures of data-centre GPUs (A100, H100) by what kernels usually lose; not measured.
 PROFILES: Mapping[str, Profile] = MappingProxyType({
     "cpu": Profile(
         "cpu", {"dense": 5e10, "pointwise": 4e10, "depthwise": 8e9, "grouped": 1.5e10, "linear": 3e10}, 1.2e10, 1.2e-5

@@ -29,6 +29,8 @@ ORDER = (
     "trace",
     "mutation",
     "cost",
+    "stopwatch",
+    "calibration",
     "lower",
     "plan",
     "census",
@@ -48,6 +50,7 @@ ORDER = (
     "wrappers",
     "api",
     "conversion",
+    "bench",
     "testing",
     "__init__",
     "zoo",
@@ -55,7 +58,7 @@ ORDER = (
     "__main__",
 )
 WITHOUT_FX = ("kernel", "evaluation", "affine", "composition", "parts", "form", "shapes", "cost", "report")
-CLI_MAY_IMPORT = {"errors", "report", "api", "zoo", "__init__"}
+CLI_MAY_IMPORT = {"bench", "calibration", "cost", "errors", "report", "api", "zoo", "__init__"}
 
 FILES = sorted(PACKAGE.rglob("*.py"))
 

@@ -9,14 +9,14 @@ import argparse
 from collections.abc import Sequence
 
 import fxrep
-from fxrep.cli import bench, collapse, convert, zoo
+from fxrep.cli import bench, calibrate, collapse, convert, zoo
 from fxrep.cli.common import FAILED, INTERRUPTED, OK, UNUSABLE, complain, shape
 from fxrep.cli.models import MODEL_HELP, load
 from fxrep.errors import FxrepError, Unusable
 
 __all__ = ["FAILED", "OK", "UNUSABLE", "load", "main", "make_parser", "shape"]
 
-COMMANDS = (collapse, bench, convert, zoo)
+COMMANDS = (collapse, bench, calibrate, convert, zoo)
 
 EPILOG = f"""\
 {MODEL_HELP}

@@ -7,7 +7,7 @@ import sys
 from contextlib import redirect_stdout
 from typing import Any
 
-from fxrep.cli.common import OK, add_profile, profile_options, shape
+from fxrep.cli.common import OK, add_profile, profile_of, shape
 from fxrep.cli.models import MODEL_HELP, load, load_extra
 from fxrep.errors import Unusable
 
@@ -72,9 +72,8 @@ def run(args: argparse.Namespace) -> int:
                 bar.set_description(label)
                 bar.update()
 
-            found = bench(
-                models, shapes, setting, forms=forms, engines=engines, options=profile_options(args), step=step
-            )  # fmt: skip
+            options = {"profile": profile_of(args, args.device)}
+            found = bench(models, shapes, setting, forms=forms, engines=engines, options=options, step=step)
     if args.plot:
         try:
             found.plot(args.plot)

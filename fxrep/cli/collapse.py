@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import fxrep
-from fxrep.cli.common import FAILED, OK, complain, shape
+from fxrep.cli.common import FAILED, OK, add_profile, complain, profile_of, shape
 from fxrep.cli.models import MODEL_HELP, example_inputs, load
 from fxrep.errors import FxrepError, Unusable
 
@@ -46,6 +46,7 @@ def add(commands: Any) -> None:
         parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
         parser.add_argument("--full", action="store_true", help="print every row, fold nothing")
         parser.add_argument("--html", metavar="FILE", help="write a page to look at: graphs, decisions, costs, kernels")
+        add_profile(parser)
         parser.set_defaults(run=run)
 
 
@@ -53,7 +54,7 @@ def run(args: argparse.Namespace) -> int:
     with redirect_stdout(sys.stderr):  # what the model's own code prints must not end up in the JSON
         model = load(args.model)
         example = example_inputs(model, args.input)
-        report, collapsed = make_report(args.command, model, example, args.strict)
+        report, collapsed = make_report(args.command, model, example, strict=args.strict, profile=profile_of(args))
         if args.html:
             write_page(args.html, report, verdict(model, collapsed, example))
     print(report.to_json(indent=2) if args.json else report.text(full=args.full))
@@ -63,11 +64,11 @@ def run(args: argparse.Namespace) -> int:
     return OK
 
 
-def make_report(command: str, model: nn.Module, example: Any, strict: bool) -> tuple[Report, nn.Module | None]:
+def make_report(command: str, model: nn.Module, example: Any, **options: Any) -> tuple[Report, nn.Module | None]:
     """The report, and the collapsed network where there is one."""
     if command == "explain":
-        return fxrep.explain(model, example, strict=strict), None
-    collapsed = fxrep.reparameterize(model, example, strict=strict)
+        return fxrep.explain(model, example, **options), None
+    collapsed = fxrep.reparameterize(model, example, **options)
     return cast("Report", collapsed.report), collapsed
 
 

@@ -6,9 +6,14 @@ import argparse
 import difflib
 import sys
 from collections.abc import Iterable
-from typing import Any
+from typing import TYPE_CHECKING
 
-from fxrep.cost import OBJECTIVES
+import fxrep
+
+if TYPE_CHECKING:
+    from fxrep.cost import Profile
+
+PROFILES = ("shipped", "measured")
 
 OK, FAILED, UNUSABLE, INTERRUPTED = 0, 1, 2, 130
 
@@ -37,19 +42,12 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
 
 
 def add_profile(parser: argparse.ArgumentParser) -> None:
-    """The options that say what a plan makes least, and by whose costs."""
-    parser.add_argument("--objective", choices=OBJECTIVES, default="latency", help="what to make least")
+    """The option that says by whose costs a plan is made."""
     parser.add_argument(
-        "--profile", choices=("shipped", "measured"), default="shipped", help="costs as shipped, or of this machine"
+        "--profile", choices=PROFILES, default="shipped", help="costs as shipped, or as measured on this machine"
     )
-    parser.add_argument("--autotune", action="store_true", help="time the collapses on which the costs are unsure")
 
 
-def profile_options(args: argparse.Namespace, device: str = "cpu") -> dict[str, Any]:
-    """These options as `reparameterize` takes them."""
-    options: dict[str, Any] = {"objective": args.objective, "autotune": args.autotune}
-    if args.profile == "measured":
-        import fxrep
-
-        options["profile"] = fxrep.calibrate(device)
-    return options
+def profile_of(args: argparse.Namespace, device: str = "cpu") -> Profile | None:
+    """The profile for `reparameterize`; None is the shipped one."""
+    return fxrep.calibrate(device) if args.profile == "measured" else None
