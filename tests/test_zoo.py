@@ -15,7 +15,7 @@ from zoo_models import HERE, Unrolled
 
 from fxrep import zoo
 from fxrep.cli import main
-from fxrep.zoo.calls import Calls
+from fxrep.zoo.calls import Calls, Widened
 from fxrep.zoo.kinds import KINDS
 from fxrep.zoo.row import Row
 
@@ -162,6 +162,17 @@ class ComputedWeight(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         weight = F.batch_norm(self.weight.view(1, 3, -1), None, None, training=True).view(3, 3, 1, 1)
         return F.conv2d(x, weight)
+
+
+def test_the_truth_is_of_float64_throughout():
+    class Casts(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x.float() / 3 + torch.ones(1, dtype=torch.float32) + x.to(torch.float32) / 7
+
+    x = torch.rand(4, dtype=torch.float64)
+    with Widened():
+        out = Casts()(x)
+    assert torch.equal(out, x / 3 + torch.ones(1, dtype=torch.float64) + x / 7)
 
 
 def two_readers() -> nn.Module:

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -42,6 +43,16 @@ class Step:
     read_by: list[int] = field(default_factory=list)
     pads: bool = False
     shifts: bool = False
+
+
+class Widened(TorchDispatchMode):
+    """What a network makes or casts to float32 by name is float64: its truth is to be that of float64 throughout."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if kwargs.get("dtype") is torch.float32:
+            kwargs = {**kwargs, "dtype": torch.float64}
+        return func(*args, **kwargs)
 
 
 class Calls(TorchDispatchMode):

@@ -21,7 +21,7 @@ from torch.utils._pytree import tree_map_only
 import fxrep
 from fxrep.api import reparameterize
 from fxrep.verification.compare import difference, leaves
-from fxrep.zoo.calls import Calls
+from fxrep.zoo.calls import Calls, Widened
 from fxrep.zoo.preparation import Arguments, arguments_for, calibrate, call, randomise
 from fxrep.zoo.row import OTHERS, Row
 
@@ -104,8 +104,11 @@ def _in_float64(model: nn.Module, arguments: Arguments) -> tuple[Any, Any]:
             if isinstance(value, Tensor) and value.is_floating_point():
                 vars(module)[name] = value.double()
     arguments = tree_map_only(Tensor, Tensor.double, arguments)
-    truth = call(model, arguments)
-    return truth, call(reparameterize(model, inplace=True), arguments)
+    with Widened():
+        truth = call(model, arguments)
+    collapsed = reparameterize(model, inplace=True)
+    with Widened():
+        return truth, call(collapsed, arguments)
 
 
 def _error(got: Any, truth: Any) -> float:
