@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import gc
 import inspect
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
 from torch import Tensor, nn
+from torch.export import ExportedProgram
 from torch.fx import GraphModule
 from torch.nn.parameter import UninitializedParameter
 
+from fxrep import exported
 from fxrep.copying import structural_copy
 from fxrep.cost import Profile, profile_for
 from fxrep.errors import FxrepError
@@ -27,19 +29,29 @@ from fxrep.wrappers import unwrapped
 Examples = Tensor | tuple[Any, ...] | list[Any] | Mapping[str, Any] | None
 
 
+@overload
 def reparameterize(
-    model: nn.Module,
+    model: nn.Module, example_inputs: Examples = None, *, inplace: bool = False, strict: bool = False,
+    profile: Profile | None = None,
+) -> nn.Module: ...  # fmt: skip
+@overload
+def reparameterize(
+    model: ExportedProgram, *, strict: bool = False, profile: Profile | None = None
+) -> ExportedProgram: ...
+def reparameterize(
+    model: nn.Module | ExportedProgram,
     example_inputs: Examples = None,
     *,
     inplace: bool = False,
     strict: bool = False,
     profile: Profile | None = None,
-) -> nn.Module:
+) -> nn.Module | ExportedProgram:
     """The network with every affine region that pays replaced by the one convolution that it equals.
 
     Args:
         model: any module, in training or eval mode; it is not touched (but see `inplace`). Of a compiled one, or one
-            in DataParallel, the model inside is collapsed: compile or wrap the result.
+            in DataParallel, the model inside is collapsed: compile or wrap the result. Or a program of
+            `torch.export.export`, before or after `run_decompositions`.
         example_inputs: a tensor, a tuple of positional or a dict of keyword arguments. They sharpen costs, and tell
             the number of axes of each input where the network itself does not; nothing is specialised to their sizes.
         inplace: reuse the model's tensors instead of copying those that are kept; do not use the model afterwards.
@@ -49,11 +61,15 @@ def reparameterize(
 
     Returns:
         A `torch.fx.GraphModule` in eval mode, equal to `model.eval()`, with a `Report` at `.report`. Where the
-        outermost forward cannot be traced: a copy of the model, with a report that says so.
+        outermost forward cannot be traced: a copy of the model, with a report that says so. For a program: a program
+        with the same inputs, outputs and range constraints, with its report at `.report` too (which is not saved).
 
     Raises:
-        FxrepError: `model` is no module, or `example_inputs` do not fit its forward.
+        FxrepError: `model` is neither, or `example_inputs` do not fit its forward.
     """
+    if isinstance(model, ExportedProgram):
+        _check_program(example_inputs, inplace)
+        return exported.collapse(model, profile or _profile_of(model.state_dict.values()), strict)
     model = _checked(model)
     examples = _bind(model, example_inputs)
     with _no_collections():
@@ -65,9 +81,16 @@ def reparameterize(
 
 
 def explain(
-    model: nn.Module, example_inputs: Examples = None, *, strict: bool = False, profile: Profile | None = None
+    model: nn.Module | ExportedProgram,
+    example_inputs: Examples = None,
+    *,
+    strict: bool = False,
+    profile: Profile | None = None,
 ) -> Report:
     """The report that `reparameterize` would give, without rewriting: nothing is folded, so nothing is certified."""
+    if isinstance(model, ExportedProgram):
+        _check_program(example_inputs)
+        return exported.pipeline_of(model, profile or _profile_of(model.state_dict.values()), strict).explain()
     model = _checked(model)
     islands = Islands(structural_copy(model), _pipeline(model, profile, strict), writes=False)
     return islands.collapse(_bind(model, example_inputs))[1]
@@ -87,12 +110,19 @@ def _no_collections() -> Iterator[None]:
 
 def _pipeline(model: nn.Module, profile: Profile | None, strict: bool) -> Begin:
     """What starts the line for one traced module."""
-    chosen = profile or profile_for(next((p.device.type for p in model.parameters()), "cpu"))
+    chosen = profile or _profile_of(model.parameters())
 
     def begin(name: str, traced: Traced, examples: Mapping[str, Any]) -> Pipeline:
         return Pipeline(name, traced, examples, chosen, strict)
 
     return begin
+
+
+def _check_program(example_inputs: Examples, inplace: bool = False) -> None:
+    if example_inputs is not None:
+        raise FxrepError("an ExportedProgram knows the sizes of its inputs; leave example_inputs out")
+    if inplace:
+        raise FxrepError("inplace=True is for modules; an ExportedProgram is copied, leave it out")
 
 
 def _checked(model: object) -> nn.Module:
@@ -134,6 +164,10 @@ def _bind(model: nn.Module, example_inputs: Examples) -> dict[str, Any]:
     except TypeError as error:
         raise FxrepError(f"example_inputs do not fit {type(model).__name__}.forward{signature}: {error}") from None
     return dict(bound.arguments)
+
+
+def _profile_of(tensors: Iterable[Tensor]) -> Profile:
+    return profile_for(next((t.device.type for t in tensors), "cpu"))
 
 
 def _finished(

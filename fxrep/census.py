@@ -13,7 +13,8 @@ from torch.nn.modules.conv import _ConvNd
 
 from fxrep.lower import Recipe
 from fxrep.plan import Plan
-from fxrep.readers import registered
+from fxrep.readers import canonical, registered
+from fxrep.readers.normalization import NATIVE_BATCH_NORMS
 
 
 def _read_by(*names: str) -> frozenset[object]:
@@ -21,6 +22,7 @@ def _read_by(*names: str) -> frozenset[object]:
     return frozenset(target for target, reader in registered().items() if reader.__name__ in names)
 
 
+aten = torch.ops.aten
 MODULES: dict[str, tuple[type[nn.Module], ...]] = {
     "conv": (_ConvNd,),
     "linear": (nn.Linear,),
@@ -28,12 +30,13 @@ MODULES: dict[str, tuple[type[nn.Module], ...]] = {
     "pool": (nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d, nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d),
 }
 FUNCTIONS: dict[str, frozenset[object]] = {
-    "conv": frozenset({F.conv1d, F.conv2d, F.conv3d, F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d}),
-    "linear": frozenset({F.linear}),
-    "bn": frozenset({F.batch_norm}),
+    "conv": _read_by("read_functional_conv", "read_functional_transposed_conv", "read_aten_convolution"),
+    "linear": _read_by("read_functional_linear", "read_addmm") | {torch.mm, "mm"},
+    "bn": _read_by("read_functional_batchnorm") | {first.target for first in NATIVE_BATCH_NORMS},
     "add": _read_by("read_add", "read_sub", "read_rsub"),
-    "mul": _read_by("read_mul", "read_div", "read_neg") | {torch.addcmul},
-    "pool": frozenset({F.avg_pool1d, F.avg_pool2d, F.avg_pool3d, F.max_pool1d, F.max_pool2d, F.max_pool3d}),
+    "mul": _read_by("read_mul", "read_div", "read_neg") | {torch.addcmul, aten.addcmul.default},
+    "pool": _read_by("read_functional_avg_pool")
+    | {F.max_pool1d, F.max_pool2d, F.max_pool3d, aten.max_pool2d_with_indices.default},
 }
 KINDS = ("conv", "linear", "bn", "add", "mul", "pool")
 
@@ -80,4 +83,5 @@ def kinds(node: Node, modules: Mapping[str, nn.Module]) -> list[str]:
     if node.op == "call_module":  # a module that was kept whole counts with everything in it
         inside = modules[str(node.target)].modules()
         return [kind for m in inside for kind, types in MODULES.items() if isinstance(m, types)]
-    return [kind for kind, targets in FUNCTIONS.items() if node.op.startswith("call") and node.target in targets]
+    target = canonical(node.target)
+    return [kind for kind, targets in FUNCTIONS.items() if node.op.startswith("call") and target in targets]

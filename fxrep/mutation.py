@@ -14,9 +14,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._ops import OpOverload
 from torch.fx import Graph, Node
 
-from fxrep.readers import is_hooked
+from fxrep.readers import base_name, canonical, is_hooked
 from fxrep.readers.borders import assigned
 from fxrep.readers.walk import writes
 
@@ -64,6 +65,8 @@ _FRESH = """
     adaptive_max_pool3d lp_pool2d interpolate grid_sample cat concat concatenate stack clone mean sum amax amin prod
     std var norm argmax argmin cumsum exp log abs sqrt rsqrt square reciprocal sin cos erf sign maximum minimum
     pad where zeros_like ones_like full_like scaled_dot_product_attention index_select gather roll flip
+    convolution _native_batch_norm_legit_no_training native_layer_norm native_group_norm max_pool2d_with_indices
+    _softmax _log_softmax _adaptive_avg_pool2d constant_pad_nd slice_scatter _to_copy
 """
 FRESH = frozenset(_FRESH.split())
 META_KEY = "fxrep_in_place"
@@ -139,6 +142,23 @@ def functionalize(graph: Graph, modules: dict[str, nn.Module]) -> Writes:
     return Writes(frozenset(pinned), {name: tuple(found) for name, found in places.items()})
 
 
+def written_inputs(graph: Graph, modules: dict[str, nn.Module]) -> frozenset[str]:
+    """The placeholders whose memory the graph may write, running statistics among them; `graph` is left as it is."""
+    copied = copy.deepcopy(graph)
+    statistics = [o.name for node in graph.nodes if _updates_statistics(node) for o in node.all_input_nodes[1:]]
+    writes = functionalize(copied, dict(modules))
+    written = {*writes.pinned, *writes.places, *statistics}
+    return frozenset(n.name for n in graph.nodes if n.op == "placeholder" and n.name in written)
+
+
+def _updates_statistics(node: Node) -> bool:
+    """A batch or instance norm by the batch's statistics writes its running ones, which no schema says."""
+    if node.op != "call_function" or base_name(node.target) not in ("batch_norm", "instance_norm"):
+        return False
+    by_batch = node.args[5] if len(node.args) > 5 else node.kwargs.get("training", node.kwargs.get("use_input_stats"))
+    return by_batch is not False
+
+
 def drop_identities(graph: Graph, modules: dict[str, nn.Module]) -> None:
     """Removes `nn.Identity` and eval-mode dropout, which give the very tensor that they get."""
     for node in list(graph.nodes):
@@ -157,9 +177,19 @@ def _written_operand(node: Node, modules: dict[str, nn.Module]) -> Node | None:
         return None
     if node.op == "call_module":
         return first if getattr(modules.get(str(node.target)), "inplace", False) is True else None
+    if isinstance(node.target, OpOverload):
+        return _written_by_schema(node)
     if isinstance(out := node.kwargs.get("out"), Node):
         return out
     return first if writes(node.target, node.kwargs) else None
+
+
+def _written_by_schema(node: Node) -> Node | None:
+    """The operand that an op says it writes: `add_(Tensor(a!) self, …)`; its running statistics, for a batch norm."""
+    schema = node.target._schema  # type: ignore[union-attr]
+    named = dict(zip((a.name for a in schema.arguments), node.args, strict=False)) | dict(node.kwargs)
+    written = (named.get(a.name) for a in schema.arguments if a.alias_info is not None and a.alias_info.is_write)
+    return next((operand for operand in written if isinstance(operand, Node)), None)
 
 
 def _may_share_with(node: Node, modules: dict[str, nn.Module]) -> list[Node]:
@@ -172,7 +202,7 @@ def _is_fresh(node: Node, modules: dict[str, nn.Module]) -> bool:
         return False
     if node.op == "call_module":
         return type(modules[str(node.target)]) not in (*IDENTITY_MODULES, *VIEW_MODULES)
-    return node.target is assigned or str(getattr(node.target, "__name__", node.target)) in FRESH
+    return node.target is assigned or base_name(node.target) in FRESH
 
 
 def _is_known(node: Node, modules: dict[str, nn.Module]) -> bool:
@@ -204,7 +234,7 @@ def _follow(
 
 def _origin(node: Node, modules: dict[str, nn.Module]) -> Node:
     while node.args and isinstance(node.args[0], Node):
-        target = type(modules[str(node.target)]) if node.op == "call_module" else node.target
+        target = type(modules[str(node.target)]) if node.op == "call_module" else canonical(node.target)
         if target not in SAME_ENTRIES:
             break
         node = node.args[0]
@@ -227,12 +257,24 @@ def _make_functional(node: Node, modules: dict[str, nn.Module]) -> bool:
         node.target = OPERATORS[node.target]
     elif node.target in FUNCTIONS:
         node.target = FUNCTIONS[node.target]
+    elif (twin := _out_of_place(node.target)) is not None:
+        node.target = twin
     elif node.kwargs.get("inplace") is True:
         node.kwargs = {**node.kwargs, "inplace": False}
     else:
         return False
     node.meta[META_KEY] = before
     return True
+
+
+def _out_of_place(target: Any) -> OpOverload | None:
+    """`aten.add.Tensor` for `aten.add_.Tensor`: the op of that name and overload which makes new memory."""
+    if not isinstance(target, OpOverload) or not target._opname.endswith("_"):
+        return None
+    packet = getattr(getattr(torch.ops, target.namespace), target._opname.removesuffix("_"), None)
+    twin = getattr(packet, target._overloadname, None)
+    same = twin is not None and [a.name for a in twin._schema.arguments] == [a.name for a in target._schema.arguments]
+    return twin if same else None
 
 
 def restore(graph: Graph, ours: set[Node], modules: dict[str, nn.Module]) -> None:

@@ -21,7 +21,7 @@ from fxrep.mutation import Writes, drop_identities, functionalize
 from fxrep.ownership import Ledger
 from fxrep.page import Picture
 from fxrep.plan import Decision, Plan, Problem, make_plan
-from fxrep.readers import Readings, is_bypass, read_graph
+from fxrep.readers import NOTHING, Readings, Told, is_bypass, read_graph
 from fxrep.report import Collapse, Report
 from fxrep.rewrite import Rewriter, label_of, layer_names, settles
 from fxrep.trace import Traced
@@ -30,13 +30,16 @@ from fxrep.trace import Traced
 class Pipeline:
     """A traced model, read and planned; `rewrite` carries the plan out."""
 
-    def __init__(self, name: str, traced: Traced, examples: Mapping[str, Any], profile: Profile, strict: bool) -> None:
+    def __init__(
+        self, name: str, traced: Traced, examples: Mapping[str, Any], profile: Profile, strict: bool,
+        told: Told = NOTHING,
+    ) -> None:  # fmt: skip
         self.name, self.traced, self.graph, self.modules = name, traced, traced.graph, dict(traced.modules)
         self.before = census(self.graph, self.modules)
         drop_identities(self.graph, self.modules)
         writes = functionalize(self.graph, self.modules)
-        shapes = _example_shapes(self.graph, examples)
-        self.readings = read_graph(self.graph, self.modules, {name: len(shape) for name, shape in shapes.items()})
+        shapes = {**_example_shapes(self.graph, examples), **told.examples}
+        self.readings = read_graph(self.graph, self.modules, {name: len(shape) for name, shape in shapes.items()}, told)
         self.nodes: dict[str, Node] = {n.name: n for n in self.graph.nodes}
         _check_examples(self.readings, shapes)
         self.like = like_of(traced.root)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from itertools import chain, count
+from itertools import chain, count, islice
 from typing import Any
 
 import torch
@@ -76,9 +76,9 @@ class Rewriter:
         if name in self.plan.removed:
             return
         if name in self.plan.decisions:
-            self.env[node] = self._decision(self.plan.decisions[name])
+            self.env[node] = self._traced_to(self.plan.decisions[name])
             return
-        size = name in self.readings.facts.scalars and node.target not in ASSERTS
+        size = name in self.readings.facts.scalars and node.op != "placeholder" and node.target not in ASSERTS
         stranded = any(n not in self.env for n in node.all_input_nodes)
         if self._is_settled_assert(node) or (size and not node.users):
             return
@@ -108,6 +108,17 @@ class Rewriter:
         """An assertion that holds for every accepted input: `x.ndim == 4` after an op that takes nothing else."""
         condition = node.args[0] if node.target in ASSERTS and node.args else None
         return isinstance(condition, Node) and self.readings.facts.scalars.get(condition.name) is True
+
+    def _traced_to(self, decision: Decision) -> Node:
+        """The decision's nodes, which say like any traced node whose forward they are part of."""
+        before = len(self.new.nodes)
+        value = self._decision(decision)
+        replaced = [self.nodes[n] for n in (*decision.inlined, decision.node)]
+        scope = f"{_common_scope(replaced, set())}."
+        stack = replaced[-1].meta.get("nn_module_stack") or {}
+        for node in islice(reversed(self.new.nodes), len(self.new.nodes) - before):
+            node.meta["nn_module_stack"] = {k: v for k, v in stack.items() if not v[0] or scope.startswith(f"{v[0]}.")}
+        return value
 
     def _decision(self, decision: Decision) -> Node:
         parts = [self._sum(part, decision) for part in decision.recipe.parts]

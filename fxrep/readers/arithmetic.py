@@ -65,7 +65,17 @@ def read_neg(at: Call) -> AffineForm:
     return at.operand().scale(K.Constant((), -1.0))
 
 
-@reader(operator.pos, torch.positive, "positive", nn.Identity, torch.clone, "clone", "contiguous")
+@reader(
+    operator.pos,
+    torch.positive,
+    "positive",
+    nn.Identity,
+    torch.clone,
+    "clone",
+    "contiguous",
+    "alias",
+    torch.ops.aten.lift_fresh_copy.default,
+)
 def read_identity(at: Call, module: nn.Module | None = None) -> AffineForm:
     """The same numbers, perhaps in another memory."""
     return at.operand()
@@ -79,7 +89,7 @@ def read_dropout(at: Call, module: Any) -> AffineForm:
     return at.operand()
 
 
-@reader(torch.nn.functional.dropout, torch.nn.functional.dropout2d, torch.dropout)
+@reader(torch.nn.functional.dropout, torch.nn.functional.dropout2d, torch.dropout, "feature_dropout")
 def read_functional_dropout(at: Call) -> AffineForm:
     x, _p, training, _inplace = at.bind("input p training inplace", p=0.5, training=True, inplace=False)
     if training is not False:
@@ -116,7 +126,7 @@ def _of_stack(at: Call, x: Any, dim: Any, keepdim: Any, dtype: Any, gain: Kernel
 
 def _stacked(x: Any) -> tuple[list[Node], int]:
     """The values and the axis of `torch.stack(values, axis)`."""
-    if not (isinstance(x, Node) and x.target is torch.stack and x.args):
+    if not (isinstance(x, Node) and x.target in (torch.stack, torch.ops.aten.stack.default) and x.args):
         raise Illegal("not-affine", "it reduces over axes of one value")
     values, axis = x.args[0], x.kwargs.get("dim", x.args[1] if len(x.args) > 1 else 0)
     if not isinstance(values, (tuple, list)) or not isinstance(axis, int):

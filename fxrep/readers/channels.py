@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+import sys
 from dataclasses import replace
 from itertools import pairwise
 from typing import Any
@@ -14,9 +15,19 @@ from torch.fx import Node
 from fxrep import form as forms
 from fxrep.errors import Illegal
 from fxrep.form import AffineForm
-from fxrep.readers.registry import Call, reader
+from fxrep.readers.registry import Call, canonical, reader, shape_rule
 from fxrep.readers.views import FLATTENS, LIKE_ANOTHER, RESHAPES, axes_of, channel_permutation, keeps_rows, layout_of
 from fxrep.shapes import Shape
+
+SPLITS = (
+    torch.chunk, torch.split, torch.tensor_split, "chunk", "split", "tensor_split",
+    torch.ops.aten.split_with_sizes.default,
+)  # fmt: skip
+
+
+@shape_rule(*SPLITS)
+def shape_of_split(at: Call) -> None:
+    """None: its pieces have shapes, and are read one by one."""
 
 
 @reader(torch.cat, torch.concat, torch.concatenate)
@@ -38,9 +49,16 @@ def read_cat(at: Call) -> AffineForm:
 def read_getitem(at: Call) -> AffineForm:
     """x[:, a:b] takes channels; chunk(x, n)[i] and split(x, sizes)[i] do too."""
     source, index = at.node.args
-    if isinstance(source, Node) and _is_split(source):
+    if isinstance(source, Node) and canonical(source.target) in SPLITS:
         return _piece_of_split(at, source, index)
     return _slice(at, source, index)
+
+
+@reader(torch.ops.aten.slice.Tensor)
+def read_aten_slice(at: Call) -> AffineForm:
+    """x[…, start:end:step, …] along one axis."""
+    x, axis, *bounds = at.bind("input dim start end step", dim=0, start=None, end=None, step=1)
+    return _cut(at, x, axis, slice(*bounds))
 
 
 @reader(torch.narrow, "narrow")
@@ -65,12 +83,13 @@ def read_index_select(at: Call) -> AffineForm:
     return _rows(at, x, dims, tensor.tolist())
 
 
-@reader(nn.ChannelShuffle)
-def read_channel_shuffle(at: Call, module: Any) -> AffineForm:
+@reader(nn.ChannelShuffle, torch.channel_shuffle)
+def read_channel_shuffle(at: Call, module: Any = None) -> AffineForm:
     """Channel c of group g goes to c·groups + g (ShuffleNet)."""
+    groups = module.groups if module is not None else at.bind("input groups")[1]
     dims = at.rank(at.first) - 2
     channels = at.channels(at.first, dims)
-    order = torch.arange(channels).view(module.groups, -1).t().flatten().tolist()
+    order = torch.arange(channels).view(groups, -1).t().flatten().tolist()
     return _rows(at, at.first, dims, order)
 
 
@@ -90,16 +109,12 @@ def read_view(at: Call, module: Any = None) -> AffineForm:
     return _rows(at, source, dims, order)
 
 
-def _is_split(node: Node) -> bool:
-    return node.target in (torch.chunk, torch.split, torch.tensor_split, "chunk", "split", "tensor_split")
-
-
 def _piece_of_split(at: Call, split: Node, index: Any) -> AffineForm:
     inner = Call(split, at.facts)
     names = "input sizes dim"
-    if split.target in (torch.chunk, "chunk"):
+    if inner.target in (torch.chunk, "chunk"):
         names = "input chunks dim"
-    elif split.target in (torch.split, "split"):
+    elif inner.target in (torch.split, "split", torch.ops.aten.split_with_sizes.default):
         names = (
             "input split_size_or_sections dim" if "split_size_or_sections" in split.kwargs else "input split_size dim"
         )
@@ -107,13 +122,13 @@ def _piece_of_split(at: Call, split: Node, index: Any) -> AffineForm:
     dims = -1 - at.from_end(x, axis)
     if isinstance(sizes, (tuple, list)) and all(isinstance(s, int) for s in sizes):
         at.require_channels(x, dims, sum(sizes))  # torch accepts no other
-    bounds = _bounds(at, split, at.channels(x, dims), sizes)
+    bounds = _bounds(inner, at.channels(x, dims), sizes)
     if not isinstance(index, int) or not -len(bounds) <= index < len(bounds):
         raise Illegal("shape-unknown", "the piece is chosen at run time")
     return _rows(at, x, dims, range(*bounds[index]))
 
 
-def _bounds(at: Call, split: Node, channels: int, sizes: Any) -> list[tuple[int, int]]:
+def _bounds(split: Call, channels: int, sizes: Any) -> list[tuple[int, int]]:
     """Where each piece starts and stops."""
     if split.target in (torch.tensor_split, "tensor_split"):
         raise Illegal("unsupported-options", "tensor_split has no reader")
@@ -129,11 +144,7 @@ def _bounds(at: Call, split: Node, channels: int, sizes: Any) -> list[tuple[int,
 def _slice(at: Call, x: Any, index: Any) -> AffineForm:
     if not at.is_value(x):
         raise Illegal("not-affine", "it picks from something that is not a tensor of the network")
-    axis, cut = only_slice(index)
-    if not all(b is None or isinstance(b, int) for b in (cut.start, cut.stop, cut.step)):
-        raise Illegal("shape-unknown", "the range is computed at run time")
-    dims = -1 - at.from_end(x, axis)
-    return _rows(at, x, dims, range(at.channels(x, dims))[cut])
+    return _cut(at, x, *only_slice(index))
 
 
 def only_slice(index: Any) -> tuple[int, slice]:
@@ -146,6 +157,16 @@ def only_slice(index: Any) -> tuple[int, slice]:
         raise Illegal("not-affine", "it slices several axes, or none")
     position = cut[0]
     return (position - len(entries) if Ellipsis in entries[:position] else position), entries[position]
+
+
+def _cut(at: Call, x: Node, axis: int, cut: slice) -> AffineForm:
+    if cut.start in (None, 0) and cut.step in (None, 1) and cut.stop in (None, sys.maxsize):
+        at.out_shape = at.shape(x)
+        return at.value(x)
+    if not all(b is None or isinstance(b, int) for b in (cut.start, cut.stop, cut.step)):
+        raise Illegal("shape-unknown", "the range is computed at run time")
+    dims = -1 - at.from_end(x, axis)
+    return _rows(at, x, dims, range(at.channels(x, dims))[cut])
 
 
 def _rows(at: Call, x: Node, dims: int, rows: Any) -> AffineForm:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from fxrep.readers.registry import Call, reader, shape_rule
 from fxrep.shapes import Shape, shifted
 
 CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+aten = torch.ops.aten
 TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
 
@@ -78,6 +80,22 @@ def read_functional_conv(at: Call) -> AffineForm:
     return _convolve(at, x, AffineConv(kernel, groups, each(stride, dims), lo, hi, dilation, at.optional(bias)))
 
 
+@reader(aten.convolution.default, aten._convolution.default)
+def read_aten_convolution(at: Call) -> AffineForm:
+    """What every convolution of torch is decomposed into, the transposed ones too."""
+    x, weight, bias, stride, padding, dilation, transposed, extra, groups, *_ = at.bind(
+        "input weight bias stride padding dilation transposed output_padding groups "
+        "benchmark deterministic cudnn_enabled allow_tf32",
+        benchmark=None, deterministic=None, cudnn_enabled=None, allow_tf32=None,
+    )  # fmt: skip
+    kernel, shift = real_weight(at.constant(weight)), at.optional(bias)
+    if transposed:
+        return _transposed(at, x, kernel, shift, stride, padding, extra, groups, dilation)
+    dims = len(kernel.shape) - 2
+    lo, hi = pads_of(padding, kernel.shape[2:], dilation)
+    return _convolve(at, x, AffineConv(kernel, groups, each(stride, dims), lo, hi, each(dilation, dims), shift))
+
+
 @reader(*TRANSPOSED)
 def read_transposed_conv(at: Call, conv: _ConvTransposeNd) -> AffineForm | Refusal:
     """The adjoint of a convolution: y[s·i + d·t - p] += W[c,o,t]·x[c,i]. Weight (I, O/g, *K)."""
@@ -134,14 +152,48 @@ def read_functional_linear(at: Call) -> AffineForm:
     return _linear(at, x, at.constant(weight), at.optional(bias))
 
 
+@reader(torch.addmm, "addmm")
+def read_addmm(at: Call) -> AffineForm:
+    """β·b + α·x·W for a constant W of shape (I, O) and a constant b: what a Linear is decomposed into."""
+    bias, x, weight, beta, alpha = at.bind("input mat1 mat2 beta alpha", beta=1, alpha=1)
+    if (beta, alpha) != (1, 1):
+        raise Illegal("unsupported-options", f"beta={beta} and alpha={alpha} scale the sum")
+    shift = at.constant(bias)
+    columns = at.constant(weight)
+    if shift.shape not in ((columns.shape[-1],), (1, columns.shape[-1])):
+        raise Illegal("broadcast", f"a bias of shape {shift.shape} is no vector")
+    return _linear(at, x, _transpose(columns), K.Map(shift.shape[-1:], torch.Tensor.flatten, (shift,)))
+
+
+@reader(torch.mm, "mm", torch.matmul, "matmul", operator.matmul)
+def read_matmul(at: Call) -> AffineForm:
+    """x·W for a constant W of shape (I, O)."""
+    node, (x, weight) = at.node, at.node.args if len(at.node.args) == 2 else at.bind("input other")
+    if not at.is_value(x) or at.is_value(weight):
+        raise Illegal("not-affine", f"{node.name} multiplies two values of the network, or from the left")
+    return _linear(at, x, _transpose(at.constant(weight)), None)
+
+
+def _transpose(weight: Kernel) -> Kernel:
+    if len(weight.shape) != 2:
+        raise Illegal("unsupported-options", f"the second factor has the shape {weight.shape}")
+    return K.Map(weight.shape[::-1], torch.t, (weight,))
+
+
 def _linear(at: Call, x: Any, weight: Kernel, bias: Kernel | None) -> AffineForm:
     if len(weight.shape) != 2:
         raise Illegal("unsupported-options", "a linear layer's weight is a vector")
     return _convolve(at, x, AffineConv(real_weight(weight), 1, (), (), (), (), bias))
 
 
+#: Pads that aten names by the value they insert.
+ATEN_PADS = {
+    op: mode
+    for name, mode in (("reflection_pad", "reflect"), ("replication_pad", "replicate"))
+    for op in (getattr(aten, f"{name}{dims}d").default for dims in (1, 2, 3))
+}
 PADS = (
-    F.pad, nn.ZeroPad1d, nn.ZeroPad2d, nn.ZeroPad3d, nn.ConstantPad1d, nn.ConstantPad2d, nn.ConstantPad3d,
+    F.pad, aten.constant_pad_nd.default, *ATEN_PADS, nn.ZeroPad1d, nn.ZeroPad2d, nn.ZeroPad3d, nn.ConstantPad1d, nn.ConstantPad2d, nn.ConstantPad3d,
     nn.ReflectionPad1d, nn.ReflectionPad2d, nn.ReflectionPad3d, nn.ReplicationPad1d, nn.ReplicationPad2d,
     nn.ReplicationPad3d,
 )  # fmt: skip
@@ -168,6 +220,18 @@ def read_pad(at: Call) -> AffineForm:
     """Padding is the identity with pads; the value it inserts decides what it may be merged with."""
     x, pad, mode, value = at.bind("input pad mode value", mode="constant", value=None)
     return _pad(at, x, pad, mode, value or 0.0)
+
+
+@reader(aten.constant_pad_nd.default)
+def read_aten_constant_pad(at: Call) -> AffineForm:
+    x, pad, value = at.bind("input pad value", value=0)
+    return _pad(at, x, pad, "constant", value)
+
+
+@reader(*ATEN_PADS)
+def read_aten_pad(at: Call) -> AffineForm:
+    x, padding = at.bind("input padding")
+    return _pad(at, x, padding, ATEN_PADS[at.node.target], 0.0)
 
 
 @reader(nn.ZeroPad1d, nn.ZeroPad2d, nn.ZeroPad3d, nn.ConstantPad1d, nn.ConstantPad2d, nn.ConstantPad3d)

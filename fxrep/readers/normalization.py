@@ -12,19 +12,26 @@ from fxrep import kernel as K
 from fxrep.errors import Illegal, Refusal
 from fxrep.form import AffineForm
 from fxrep.kernel import Kernel
-from fxrep.readers.registry import Call, reader
+from fxrep.readers.registry import Call, First, reader
 
 #: The ranks that each class accepts.
 RANKS = {nn.BatchNorm1d: (2, 3), nn.BatchNorm2d: (4,), nn.BatchNorm3d: (5,)}
+aten = torch.ops.aten
+#: What `F.batch_norm` is decomposed into; each gives the batch's statistics beside the normalised value.
+NATIVE_BATCH_NORMS = tuple(
+    First(op)
+    for op in (
+        aten._native_batch_norm_legit_no_training.default, aten._native_batch_norm_legit.default,
+        aten._native_batch_norm_legit_functional.default, aten.native_batch_norm.default,
+    )
+)  # fmt: skip
 
 
 @reader(nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 def read_batchnorm(at: Call, bn: Any) -> AffineForm | Refusal:
     """BN(x) = γ(x - μ)/σ + β per channel, σ = √(var + ε): rows scaled, bias shifted (DBB transform I)."""
     if bn.training or bn.running_mean is None or bn.running_var is None:
-        return Refusal(
-            at.node.name, "batch-statistics", "normalises by the batch's own statistics", "track_running_stats=True"
-        )
+        return _by_batch_statistics(at, "track_running_stats=True")
     ranks = next((r for kind, r in RANKS.items() if isinstance(bn, kind)), ())
     if len(ranks) == 1:
         at.shapes.require_rank(at.shape(at.first), ranks[0])
@@ -40,11 +47,22 @@ def read_functional_batchnorm(at: Call) -> AffineForm | Refusal:
         weight=None, bias=None, training=False, momentum=0.1, eps=1e-5,
     )  # fmt: skip
     if training is not False or mean is None or var is None:
-        return Refusal(
-            at.node.name, "batch-statistics", "normalises by the batch's own statistics", "call eval() first"
-        )
-    weight, bias = at.optional(weight), at.optional(bias)
-    return _normalise(at, x, at.constant(mean), at.constant(var), weight, bias, eps)
+        return _by_batch_statistics(at, "call eval() first")
+    return _normalise(at, x, at.constant(mean), at.constant(var), at.optional(weight), at.optional(bias), eps)
+
+
+@reader(*NATIVE_BATCH_NORMS)
+def read_native_batchnorm(at: Call) -> AffineForm | Refusal:
+    never = at.node.target is aten._native_batch_norm_legit_no_training.default
+    names = "input weight bias running_mean running_var training momentum eps"
+    x, weight, bias, mean, var, training, _momentum, eps = at.bind(names, training=not never)
+    if training:
+        return _by_batch_statistics(at, "export it in eval mode")
+    return _normalise(at, x, at.constant(mean), at.constant(var), at.optional(weight), at.optional(bias), eps)
+
+
+def _by_batch_statistics(at: Call, hint: str) -> Refusal:
+    return Refusal(at.node.name, "batch-statistics", "normalises by the batch's own statistics", hint)
 
 
 def _normalise(

@@ -13,9 +13,11 @@ from torch.nn.modules import activation
 
 from fxrep.errors import Illegal
 from fxrep.readers.convolution import each
-from fxrep.readers.registry import Call, shape_rule
+from fxrep.readers.normalization import NATIVE_BATCH_NORMS
+from fxrep.readers.registry import Call, First, shape_rule
 from fxrep.shapes import Axis, Dim, Shape, Size, shifted
 
+aten = torch.ops.aten
 ACTIVATIONS = tuple(
     kind for name, kind in vars(activation).items()
     if isinstance(kind, type) and issubclass(kind, nn.Module) and kind.__module__ == activation.__name__
@@ -23,7 +25,8 @@ ACTIVATIONS = tuple(
 )  # fmt: skip
 NORMS = (
     nn.LayerNorm, nn.GroupNorm, nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d, nn.LocalResponseNorm,
-    nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm, F.batch_norm,
+    nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm, F.batch_norm, *NATIVE_BATCH_NORMS,
+    First(aten.native_layer_norm.default), First(aten.native_group_norm.default),
 )  # fmt: skip
 SAME_FUNCTIONS = (
     F.relu, F.relu6, F.elu, F.selu, F.celu, F.leaky_relu, F.prelu, F.rrelu, F.silu, F.mish, F.gelu, F.hardtanh,
@@ -45,6 +48,7 @@ BROADCASTING = (
 )  # fmt: skip
 MAX_POOLS: dict[Any, int] = {
     nn.MaxPool1d: 1, nn.MaxPool2d: 2, nn.MaxPool3d: 3, F.max_pool1d: 1, F.max_pool2d: 2, F.max_pool3d: 3,
+    First(aten.max_pool2d_with_indices.default): 2, First(aten.max_pool3d_with_indices.default): 3,
 }  # fmt: skip
 AVERAGE_POOLS = {nn.AvgPool1d: 1, nn.AvgPool2d: 2, nn.AvgPool3d: 3, F.avg_pool1d: 1, F.avg_pool2d: 2, F.avg_pool3d: 3}
 ADAPTIVE: dict[Any, int] = {
@@ -89,14 +93,14 @@ def pooled_shape(at: Call, pool: Any = None) -> Shape:
         )
         size, stride, padding, dilation, ceil = (getattr(pool, n, 1) for n in names)
         x = at.first
-    elif at.node.target in MAX_POOLS:
-        dims = MAX_POOLS[at.node.target]
+    elif (maximum := MAX_POOLS.get(at.target, MAX_POOLS.get(First(at.target)))) is not None:
+        dims = maximum
         x, size, stride, padding, dilation, ceil, _ = at.bind(
             "input kernel_size stride padding dilation ceil_mode return_indices",
             stride=None, padding=0, dilation=1, ceil_mode=False, return_indices=False,
         )  # fmt: skip
     else:
-        dims, dilation = AVERAGE_POOLS[at.node.target], 1
+        dims, dilation = AVERAGE_POOLS[at.target], 1
         x, size, stride, padding, ceil, *_ = at.bind(
             "input kernel_size stride padding ceil_mode count_include_pad divisor_override",
             stride=None, padding=0, ceil_mode=False, count_include_pad=True, divisor_override=None,
@@ -121,7 +125,7 @@ def adaptive_shape(at: Call, pool: Any = None) -> Shape:
         dims = next(n for kind, n in ADAPTIVE.items() if isinstance(kind, type) and isinstance(pool, kind))
         x, size = at.first, pool.output_size
     else:
-        dims = ADAPTIVE[at.node.target]
+        dims = ADAPTIVE[at.target]
         x, size, *_ = at.bind("input output_size return_indices", return_indices=False)
     sizes = tuple(size) if isinstance(size, (tuple, list)) else (size,) * dims
     kept = [_spatial(at, x, i - dims) if s is None else s for i, s in enumerate(sizes)]

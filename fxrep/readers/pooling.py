@@ -35,7 +35,7 @@ def read_functional_avg_pool(at: Call) -> AffineForm:
         "input kernel_size stride padding ceil_mode count_include_pad divisor_override",
         stride=None, padding=0, ceil_mode=False, count_include_pad=True, divisor_override=None,
     )  # fmt: skip
-    return _box(at, arguments[0], POOLS[at.node.target], *arguments[1:])
+    return _box(at, arguments[0], POOLS[at.target], *arguments[1:])
 
 
 def _box(

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from fractions import Fraction
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._ops import OpOverload
 from torch.fx import Node
 
 from fxrep import form as forms
@@ -25,6 +28,44 @@ ShapeRule = Callable[..., "Shape | None"]
 _READERS: dict[Target, Reader] = {}
 _SHAPE_RULES: dict[Target, ShapeRule] = {}
 _REQUIRED = object()
+#: What the schema of an aten op calls an argument, where readers call it otherwise.
+_SCHEMA_NAMES = {
+    "input": ("self",), "training": ("train",), "split_size_or_sections": ("split_size", "split_sizes"),
+    "split_size": ("split_sizes",),
+}  # fmt: skip
+#: Arguments of aten ops that choose an implementation, or a layout of memory, and change no number.
+_NO_MEANING = frozenset({"cudnn_enabled", "memory_format", "implicit", "non_blocking"})
+
+
+@dataclass(frozen=True)
+class First:
+    """The first of the results of an op that gives several: what `getitem(op(…), 0)` is registered as."""
+
+    target: Target
+
+
+def base_name(target: Target) -> str:
+    """The name of a function, method or aten op without its overload: `add` for `torch.ops.aten.add.Tensor`."""
+    if isinstance(target, OpOverload):
+        return target._opname
+    return str(getattr(target, "__name__", target))
+
+
+def canonical(target: Target) -> Target:
+    """The function or method of torch that readers know an aten op by, since the two share their name and meaning.
+
+    `torch.ops.aten.conv2d.default` is `F.conv2d`; `torch.ops.aten.add_.Tensor` is the method "add_". An op that has no
+    such twin (`aten.convolution.default`) is registered as itself.
+    """
+    if not isinstance(target, OpOverload) or target.namespace != "aten" or _is_registered(target):
+        return target
+    names = dict.fromkeys((target._opname, target._opname.removeprefix("_")))  # `_softmax` is `softmax`
+    twins = (twin for name in names for twin in (name, getattr(F, name, None), getattr(torch, name, None)))
+    return next((twin for twin in twins if twin is not None and _is_registered(twin)), target)
+
+
+def _is_registered(target: Target) -> bool:
+    return target in _READERS or target in _SHAPE_RULES
 
 
 def reader(*targets: Target) -> Callable[[Reader], Reader]:
@@ -107,12 +148,26 @@ class Call:
     def shapes(self) -> Shapes:
         return self.facts.shapes
 
+    @property
+    def target(self) -> Target:
+        """What is called, an aten op by the function or method of torch that it is."""
+        return canonical(self.node.target)
+
+    def _given(self, order: list[str]) -> dict[str, Any]:
+        """The arguments by name; those of an aten op by the names of its schema."""
+        if not isinstance(self.node.target, OpOverload):
+            return dict(zip(order, self.node.args, strict=False)) | dict(self.node.kwargs)
+        schema = [a.name for a in self.node.target._schema.arguments]
+        given = dict(zip(schema, self.node.args, strict=False)) | dict(self.node.kwargs)
+        ours = {theirs: name for name in order for theirs in _SCHEMA_NAMES.get(name, ()) if theirs not in order}
+        return {ours.get(name, name): value for name, value in given.items() if name not in _NO_MEANING}
+
     def bind(self, names: str, **defaults: Any) -> list[Any]:
         """The arguments in the order of `names`, positional or by keyword."""
         order = names.split()
-        given = dict(zip(order, self.node.args, strict=False)) | dict(self.node.kwargs)
+        given = self._given(order)
         unknown = [k for k in given if k not in order]
-        if unknown or len(self.node.args) > len(order):
+        if unknown or (len(self.node.args) > len(order) and not isinstance(self.node.target, OpOverload)):
             raise Illegal(
                 "unsupported-options", f"has arguments that its reader does not know: {unknown or self.node.args}"
             )
@@ -214,8 +269,12 @@ def find_shape_rule(call: Call) -> tuple[ShapeRule | None, tuple[Any, ...]]:
 
 def _find(registry: dict[Target, Any], call: Call) -> tuple[Any, tuple[Any, ...]]:
     node = call.node
+    if node.target is operator.getitem and node.args[1] == 0 and isinstance(several := node.args[0], Node):
+        whole = First(several.target)
+        if whole in registry:
+            return registry[whole], (Call(several, call.facts, assumes=call.assumes),)
     if node.op != "call_module":
-        return registry.get(node.target), (call,)
+        return registry.get(call.target), (call,)
     module = call.facts.modules[str(node.target)]
     return registry.get(meaning_of(module, registry)), (call, module)
 

@@ -17,7 +17,7 @@ from fxrep.shapes import Axis, Dim, Shape, Size, divided, multiplied
 
 Axes = tuple[tuple[Atom, ...], ...]
 
-RESHAPES = ("view", "reshape", torch.reshape)
+RESHAPES = ("view", "reshape", torch.reshape, torch.ops.aten._unsafe_view.default)
 FLATTENS = (torch.flatten, "flatten", nn.Flatten)
 LIKE_ANOTHER = ("reshape_as", "view_as")
 TRANSPOSES = (torch.transpose, "transpose", "swapaxes", torch.swapaxes)
@@ -113,7 +113,13 @@ def shape_of_unsqueeze(at: Call) -> Shape:
     return _view(at, layout.source, tuple(axes))
 
 
-@shape_rule("contiguous")
+@shape_rule(torch.t, "t")
+def shape_of_t(at: Call) -> Shape:
+    layout = layout_of(at, at.first)
+    return _view(at, layout.source, layout.axes[::-1])
+
+
+@shape_rule("contiguous", torch.clone, "clone", "alias")
 def shape_of_contiguous(at: Call) -> Shape:
     layout = layout_of(at, at.first)
     return _view(at, layout.source, layout.axes)

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._ops import OpOverload
 from torch.fx import Graph, Node
 
 from fxrep import kernel as K
@@ -17,19 +18,34 @@ from fxrep.errors import Illegal, Refusal
 from fxrep.evaluation import evaluate
 from fxrep.form import AffineForm
 from fxrep.kernel import Kernel
-from fxrep.readers.registry import Call, Facts, SizesOf, find, find_shape_rule
-from fxrep.shapes import Axis, Shape, Shapes, Size, multiplied, shifted
+from fxrep.readers.registry import Call, Facts, SizesOf, base_name, find, find_shape_rule
+from fxrep.shapes import Dim, Shape, Shapes, Size, multiplied, shifted
 
 SHAPE_ATTRIBUTES = ("shape", "ndim")
 OTHER_METADATA = ("dtype", "device", "is_cuda", "layout", "requires_grad", "is_quantized")
 METADATA_METHODS = ("size", "dim", "ndimension", "numel", "is_floating_point", "stride", "is_contiguous")
-ASSERTS = (torch._assert,)
+#: How aten graphs and Dynamo ask for the same, by the op's name.
+METADATA_OPS = {"sym_size": "size", "sym_numel": "numel", "sym_stride": "stride", "_assert_tensor_metadata": "dtype"}
+ASSERTS = (torch._assert, torch.ops.aten._assert_scalar.default)
 LATER_KNOWN = ("shape-unknown", "rank-unknown", "broadcast")  # refusals that a later op's facts may lift
 #: Methods that end in an underscore and yet write no numbers.
 HARMLESS = ("requires_grad_", "detach_", "share_memory_", "rename_")
 ASSIGNING = ("setitem", "iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow", "iand", "ior", "ixor")
 RANDOM = ("rand", "randn", "randint", "randperm", "bernoulli", "normal", "multinomial", "poisson", "exponential",
           "uniform", "cauchy", "geometric", "log_normal", "random", "rrelu", "gumbel_softmax")  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Told:
+    """What a graph's metadata says, by node name: shapes of tensors, sizes that are numbers of the graph, and the sizes
+    that its inputs had when it was captured."""
+
+    shapes: Mapping[str, Shape] = field(default_factory=dict)
+    numbers: Mapping[str, Dim] = field(default_factory=dict)
+    examples: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+
+
+NOTHING = Told()
 
 
 @dataclass(frozen=True)
@@ -47,32 +63,41 @@ class Readings:
         return node.name not in self.facts.constants and node.name not in self.facts.scalars
 
 
-def read_graph(graph: Graph, modules: dict[str, nn.Module], ranks: Mapping[str, int] | None = None) -> Readings:
-    """Reads every node, operands first. `ranks` gives the number of axes of placeholders, where it is known.
+def read_graph(
+    graph: Graph,
+    modules: dict[str, nn.Module],
+    ranks: Mapping[str, int] | None = None,
+    told: Told = NOTHING,
+) -> Readings:
+    """Reads every node, operands first. `ranks` gives the number of axes of placeholders, where it is known, and `told`
+    what the graph itself says of shapes and sizes.
 
     What a later op tells of an earlier value (its channels, its axes) may let an earlier op be read: then once more.
     """
-    first = _read_once(graph, modules, dict(ranks or {}), {})
+    first = _read_once(graph, modules, Shapes(ranks=dict(ranks or {})), told)
     known = first.facts.shapes
     taken = {root: rank for root, rank in first.facts.assumed.items() if root not in known.ranks}
     first.facts.assumed = taken
     sizes_read = any(isinstance(value, (Size, SizesOf, tuple)) for value in first.facts.scalars.values())
     if not taken and not sizes_read and not any(r.code in LATER_KNOWN for r in first.refusals.values()):
         return first
-    second = _read_once(graph, modules, known.ranks | taken, known.sizes)
+    second = _read_once(graph, modules, Shapes(ranks=known.ranks | taken, sizes=known.sizes), told)
     second.facts.assumed = taken
     return second
 
 
-def _read_once(graph: Graph, modules: dict[str, nn.Module], ranks: dict[str, int], sizes: dict[Axis, int]) -> Readings:
-    facts = Facts(modules, Shapes(ranks=ranks, sizes=sizes))
+def _read_once(graph: Graph, modules: dict[str, nn.Module], known: Shapes, told: Told) -> Readings:
+    facts = Facts(modules, known)
     found: dict[str, AffineForm] = {}
     refusals: dict[str, Refusal] = {}
     with noting() as equal:
         for node in graph.nodes:
+            if node.name in told.numbers:
+                facts.scalars[node.name] = told.numbers[node.name]
+                continue
             if _note_number(node, facts) or _note_constant(node, facts) or node.op == "output":
                 continue
-            form = _read_node(node, facts)
+            form = _read_node(node, facts, told.shapes.get(node.name))
             if isinstance(form, AffineForm):
                 found[node.name] = form
             elif isinstance(form, Refusal):
@@ -80,9 +105,10 @@ def _read_once(graph: Graph, modules: dict[str, nn.Module], ranks: dict[str, int
     return Readings(found, refusals, facts, _bypassed(graph, found), tuple(equal))
 
 
-def _read_node(node: Node, facts: Facts) -> AffineForm | Refusal | None:
+def _read_node(node: Node, facts: Facts, told: Shape | None) -> AffineForm | Refusal | None:
     call = Call(node, facts)
-    call.out_shape = _shape_by_rule(call)
+    by_rule = _shape_by_rule(call)  # which notes what a view does, whatever is told of its shape
+    call.out_shape = told or by_rule
     facts.shapes.of[node.name] = call.out_shape or Shape(node.name)
     if node.op in ("placeholder", "get_attr"):
         return None
@@ -176,7 +202,9 @@ def _note_constant(node: Node, facts: Facts) -> bool:
             return True
         return False
     operands = node.all_input_nodes
-    if node.op not in ("call_function", "call_method") or not operands or is_random(node):
+    if node.op not in ("call_function", "call_method") or is_random(node):
+        return False
+    if not operands and not isinstance(node.target, OpOverload):  # aten makes zeros and ones within the graph
         return False
     if writes(node.target, node.kwargs):
         return False
@@ -190,13 +218,13 @@ def _note_constant(node: Node, facts: Facts) -> bool:
 
 def writes(target: Any, kwargs: Mapping[str, Any]) -> bool:
     """Whether a function or method writes into its first operand, as far as its name tells."""
-    name = str(getattr(target, "__name__", target))
+    name = base_name(target)
     in_place = name.endswith("_") and not name.endswith("__") and name not in HARMLESS
     return in_place or name.strip("_") in ASSIGNING or kwargs.get("inplace") is True
 
 
 def is_random(node: Node) -> bool:
-    name = str(getattr(node.target, "__name__", node.target)).removesuffix("_").removesuffix("_like")
+    name = base_name(node.target).removesuffix("_").removesuffix("_like")
     return name in RANDOM or "dropout" in name
 
 
@@ -263,6 +291,7 @@ def _computes_numbers(node: Node) -> bool:
     """Whether the function makes numbers of numbers, and not tensors as `torch.arange(n)` does."""
     origin = str(getattr(node.target, "__module__", "")).split(".")[0]
     numeric = origin in ("_operator", "operator", "math", "builtins") or node.target in ASSERTS
+    numeric |= base_name(node.target).startswith("sym_")
     return node.op == "call_function" and numeric
 
 
@@ -287,7 +316,7 @@ def _reads_metadata(node: Node) -> bool:
         return node.target in METADATA_METHODS
     if node.target is getattr:
         return node.args[1] in SHAPE_ATTRIBUTES + OTHER_METADATA
-    return node.target is len
+    return node.target is len or (isinstance(node.target, OpOverload) and node.target._opname in METADATA_OPS)
 
 
 def _size_value(node: Node, facts: Facts) -> Any:
@@ -298,7 +327,7 @@ def _size_value(node: Node, facts: Facts) -> Any:
     if shape is None:
         return None
     rank = facts.shapes.rank(shape)
-    what = node.args[1] if node.target is getattr else node.target
+    what = node.args[1] if node.target is getattr else METADATA_OPS.get(base_name(node.target), node.target)
     if what in ("ndim", "dim", "ndimension"):
         return rank
     index = node.args[1] if what == "size" and len(node.args) > 1 else node.kwargs.get("dim")
