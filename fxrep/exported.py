@@ -52,10 +52,9 @@ def _unlifted(program: ExportedProgram) -> tuple[nn.Module, Graph]:
     for name, module in program.graph_module.named_children():  # the bodies of control flow
         root.add_module(name, module)
     written = written_inputs(graph, dict(root.named_modules()))
-    specs = {s.arg.name: s for s in program.graph_signature.input_specs}
     state = _state_of(program)
-    for node in graph.find_nodes(op="placeholder"):
-        spec = specs[node.name]
+    for node, spec in zip(graph.find_nodes(op="placeholder"), program.graph_signature.input_specs, strict=True):
+        node.target = spec.arg.name  # a copied node may be named otherwise
         if spec.kind in STATE and node.name not in written and spec.target is not None:
             _attach(root, spec.target, state[spec.target])
             node.op, node.target = "get_attr", spec.target
@@ -115,7 +114,7 @@ class _Lift:
 
     def _inputs(self) -> list[InputSpec]:
         """The old inputs that are still there, in their order, the new weights after the parameters."""
-        remaining = {n.name for n in self.collapsed.graph.find_nodes(op="placeholder")}
+        remaining = {n.target for n in self.collapsed.graph.find_nodes(op="placeholder")}
         read = _tensors_of(self.collapsed, self.modules)
         old = self.old.graph_signature.input_specs
         unread = {n.name for n in self.old.graph.find_nodes(op="placeholder") if not n.users}
@@ -136,15 +135,15 @@ class _Lift:
         if old is not None:
             node.meta = dict(old.meta)
         else:
-            node.target = node.name
             node.meta["val"] = self.fake.from_tensor(self.tensors[spec.target], static_shapes=True)
             spec = replace(spec, arg=TensorArgument(node.name))
-        self.state[spec.target or spec.arg.name] = node
+        node.name = node.target = spec.arg.name  # as torch has it, even where that shadows a builtin
+        self.state[spec.arg.name] = self.state[spec.target or spec.arg.name] = node
         return spec
 
     def _node(self, node: Node) -> None:
         if node.op == "placeholder":
-            self.env[node] = self.state.get(node.name) or self.state[_target_of(self.old, node.name)]
+            self.env[node] = self.state[str(node.target)]
         elif node.op == "get_attr":
             target = str(node.target)
             self.env[node] = self.state[target] if target in self.state else self.graph.get_attr(target)
@@ -215,10 +214,6 @@ class _Lift:
             if any(isinstance(a, TensorArgument) and a.name not in names for a in arguments):
                 entry.signature = None
         return entries
-
-
-def _target_of(program: ExportedProgram, name: str) -> str:
-    return next(s.target for s in program.graph_signature.input_specs if s.arg.name == name and s.target)
 
 
 def _owner(target: str) -> str:
