@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch._ops import HigherOrderOperator, OpOverload
+from torch._subclasses import FakeTensorMode
 from torch.export import ExportedProgram, ModuleCallEntry, default_decompositions
 from torch.export.graph_signature import ExportGraphSignature, InputKind, InputSpec, OutputSpec, TensorArgument
 from torch.fx import Graph, GraphModule, Node, map_arg
@@ -25,6 +26,8 @@ from fxrep.trace import Traced
 
 STATE = (InputKind.PARAMETER, InputKind.BUFFER, InputKind.CONSTANT_TENSOR)
 aten = torch.ops.aten
+#: Ops that torch cannot run on symbolic sizes where they broadcast, as others.
+SPELLED: dict[Any, Any] = {torch.addcmul: lambda shift, x, gain: x * gain + shift}
 
 
 def pipeline_of(program: ExportedProgram, profile: Profile, strict: bool) -> Pipeline:
@@ -91,7 +94,7 @@ class _Lift:
 
     def __post_init__(self) -> None:
         values = [n.meta["val"] for n in self.old.graph.nodes if isinstance(n.meta.get("val"), Tensor)]
-        self.fake = torch._guards.detect_fake_mode(values)
+        self.fake = torch._guards.detect_fake_mode(values) or FakeTensorMode()
         self.decomposed = not any(_is_composite(n.target) for n in self.old.graph.nodes)
         self.modules = dict(self.collapsed.named_modules())
         self.tensors = {**_state_of(self.old), **_tensors_of(self.collapsed, self.modules)}
@@ -121,7 +124,8 @@ class _Lift:
         owners = {_owner(target) for target in read}
         kept = [
             s for s in old
-            if s.arg.name in remaining or s.target in read or (s.arg.name in unread and _owner(s.target or "") in owners)
+            if s.arg.name in remaining or s.target in read
+            or (s.arg.name in unread and _owner(s.target or "") in owners)
         ]  # fmt: skip
         new = [_new_spec(target, tensor) for target, tensor in read.items() if target not in {s.target for s in old}]
         new.sort(key=lambda spec: STATE.index(spec.kind))
@@ -135,7 +139,7 @@ class _Lift:
         if old is not None:
             node.meta = dict(old.meta)
         else:
-            node.meta["val"] = self.fake.from_tensor(self.tensors[spec.target], static_shapes=True)
+            node.meta["val"] = self.fake.from_tensor(self.tensors[str(spec.target)], static_shapes=True)
             spec = replace(spec, arg=TensorArgument(node.name))
         node.name = node.target = spec.arg.name  # as torch has it, even where that shadows a builtin
         self.state[spec.arg.name] = self.state[spec.target or spec.arg.name] = node
@@ -150,7 +154,7 @@ class _Lift:
         elif node.op == "output" or _is_of_program(node):
             self.env[node] = copied = self.graph.node_copy(node, self.env.__getitem__)
             if node.op != "output" and "val" not in copied.meta:  # sizes that are computed anew
-                copied.meta["val"] = self._value(node.target, self._fakes(node.args))
+                copied.meta["val"] = node.target(*self._fakes(node.args), **node.kwargs)  # type: ignore[operator]
         else:
             self.env[node] = self._recorded(node)
 
@@ -168,7 +172,7 @@ class _Lift:
             given = {**self.env, **dict(zip(operands, values, strict=False))}
             args, kwargs = map_arg((node.args, dict(node.kwargs)), given.__getitem__)
             if node.op != "call_module":
-                return node.target(*args, **kwargs)  # type: ignore[operator]
+                return SPELLED.get(node.target, node.target)(*args, **kwargs)  # type: ignore[arg-type, operator]
             weights = dict(zip(names, values[len(operands) :], strict=True))
             return torch.func.functional_call(self.modules[str(node.target)], weights, args, kwargs)
 
@@ -177,7 +181,7 @@ class _Lift:
         fakes = [s.meta["val"] for s in sources]
         if not any(isinstance(f, Tensor) for f in fakes) or not isinstance(value := run(*fakes), Tensor):
             return run(*fakes) if not sources else value
-        table = default_decompositions() if self.decomposed else {}
+        table: Any = default_decompositions() if self.decomposed else {}
         return self._spliced(make_fx(run, table, pre_dispatch=not self.decomposed)(*fakes).graph, sources, node)
 
     def _size(self, node: Node) -> Any:

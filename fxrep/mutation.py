@@ -49,7 +49,7 @@ IDENTITY_MODULES = (
 )
 #: Ops whose result is the operand itself, entry for entry. Not "contiguous" or "to", which may copy.
 SAME_ENTRIES: tuple[Any, ...] = (
-    "detach", torch.detach, "view_as", "alias", *IDENTITY_MODULES,
+    "detach", torch.detach, "view_as", torch.ops.aten.alias.default, *IDENTITY_MODULES,
     torch.nn.functional.dropout, torch.nn.functional.dropout2d, torch.dropout,
 )  # fmt: skip
 #: Modules of torch.nn whose result may share memory with the operand.
@@ -257,8 +257,8 @@ def _make_functional(node: Node, modules: dict[str, nn.Module]) -> bool:
         node.target = OPERATORS[node.target]
     elif node.target in FUNCTIONS:
         node.target = FUNCTIONS[node.target]
-    elif (twin := _out_of_place(node.target)) is not None:
-        node.target = twin
+    elif (op := _out_of_place(node.target)) is not None:
+        node.target = op
     elif node.kwargs.get("inplace") is True:
         node.kwargs = {**node.kwargs, "inplace": False}
     else:

@@ -162,9 +162,8 @@ def test_an_example_that_does_not_fit_is_told(model: nn.Module, example: Any, fa
         (Net, "Net"),
         (lambda x: x, "function"),
         ("resnet18", "str"),
-        (torch.export.export(net().eval(), (image(),)), "ExportedProgram"),
     ],
-    ids=["state dict", "ordered dict", "checkpoint", "none", "class", "function", "name", "exported"],
+    ids=["state dict", "ordered dict", "checkpoint", "none", "class", "function", "name"],
 )
 @pytest.mark.parametrize("call", [fxrep.reparameterize, fxrep.explain])
 def test_what_is_no_model_is_told_in_one_sentence(given: Any, fact: str, call: Callable[..., Any]):

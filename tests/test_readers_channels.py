@@ -55,6 +55,7 @@ BODIES = {
     "concat": (lambda m, x: m.bn8(torch.concat((m.a(x), m.b(x)), -3)), "c1 b0"),
     "concatenate": (lambda m, x: m.bn8(torch.concatenate(tensors=[m.a(x), x], dim=1)), "c1 b0"),
     "cat of activations": (lambda m, x: m.bn8(torch.cat([m.a(x).relu(), m.b(x).tanh()], 1)), "c2"),
+    "channel_shuffle": (lambda m, x: m.point(torch.channel_shuffle(m.bn8(m.wide(x)), 2)), "c2 b0"),
     "conv over cat": (lambda m, x: m.point(torch.cat([m.b(x), m.bn(x)], 1)), "c1 b0"),
     "conv over cat with identity": (lambda m, x: m.point(torch.cat([m.a(x), x], 1)) + x, "c1 a0"),
     "conv over cat of activations": (lambda m, x: m.point(m.bn8(torch.cat([m.a(x).relu(), x.tanh()], 1))), "c2 b0"),

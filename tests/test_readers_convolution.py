@@ -233,8 +233,19 @@ UPS = [
 ]  # fmt: skip
 
 
+PRODUCTS: dict[str, Any] = {
+    "addmm": lambda m, x: torch.addmm(m.b, m.first(x), m.w),
+    "mm": lambda m, x: torch.mm(m.first(x), m.w),
+    "matmul": lambda m, x: torch.matmul(m.first(x), m.w),
+    "matmul as a method": lambda m, x: m.first(x).matmul(m.w),
+    "@": lambda m, x: m.first(x) @ m.w,
+}
 LINEARS = [
     Case("sequence of linears", sequence(linear(4, 7), linear(7, 4), linear(bias=False)), "l1", rows()),
+    *(
+        Case(f"linear and {name}", lambda f=f: Net(f, first=linear(4, 7), w=weight(7, 4), b=weight(4)), "l1", rows())
+        for name, f in PRODUCTS.items()
+    ),
     Case("sequence of linears on tokens", sequence(linear(4, 7), linear(7, 4)), "l1", tokens()),
     Case("branches of linears", branches(linear(), linear(bias=False), identity=True), "l1 a0", tokens()),
     Case("functional linear", lambda: Net(

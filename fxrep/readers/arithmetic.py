@@ -66,16 +66,10 @@ def read_neg(at: Call) -> AffineForm:
 
 
 @reader(
-    operator.pos,
-    torch.positive,
-    "positive",
-    nn.Identity,
-    torch.clone,
-    "clone",
-    "contiguous",
-    "alias",
+    operator.pos, torch.positive, "positive", nn.Identity, torch.clone, "clone", "contiguous",
+    torch.ops.aten.alias.default,
     torch.ops.aten.lift_fresh_copy.default,
-)
+)  # fmt: skip
 def read_identity(at: Call, module: nn.Module | None = None) -> AffineForm:
     """The same numbers, perhaps in another memory."""
     return at.operand()
@@ -89,7 +83,7 @@ def read_dropout(at: Call, module: Any) -> AffineForm:
     return at.operand()
 
 
-@reader(torch.nn.functional.dropout, torch.nn.functional.dropout2d, torch.dropout, "feature_dropout")
+@reader(torch.nn.functional.dropout, torch.nn.functional.dropout2d, torch.dropout)
 def read_functional_dropout(at: Call) -> AffineForm:
     x, _p, training, _inplace = at.bind("input p training inplace", p=0.5, training=True, inplace=False)
     if training is not False:

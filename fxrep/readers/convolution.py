@@ -80,7 +80,7 @@ def read_functional_conv(at: Call) -> AffineForm:
     return _convolve(at, x, AffineConv(kernel, groups, each(stride, dims), lo, hi, dilation, at.optional(bias)))
 
 
-@reader(aten.convolution.default, aten._convolution.default)
+@reader(aten.convolution.default)
 def read_aten_convolution(at: Call) -> AffineForm:
     """What every convolution of torch is decomposed into, the transposed ones too."""
     x, weight, bias, stride, padding, dilation, transposed, extra, groups, *_ = at.bind(
@@ -152,7 +152,7 @@ def read_functional_linear(at: Call) -> AffineForm:
     return _linear(at, x, at.constant(weight), at.optional(bias))
 
 
-@reader(torch.addmm, "addmm")
+@reader(torch.addmm)
 def read_addmm(at: Call) -> AffineForm:
     """β·b + α·x·W for a constant W of shape (I, O) and a constant b: what a Linear is decomposed into."""
     bias, x, weight, beta, alpha = at.bind("input mat1 mat2 beta alpha", beta=1, alpha=1)
@@ -165,7 +165,7 @@ def read_addmm(at: Call) -> AffineForm:
     return _linear(at, x, _transpose(columns), K.Map(shift.shape[-1:], torch.Tensor.flatten, (shift,)))
 
 
-@reader(torch.mm, "mm", torch.matmul, "matmul", operator.matmul)
+@reader(torch.mm, torch.matmul, "matmul", operator.matmul)
 def read_matmul(at: Call) -> AffineForm:
     """x·W for a constant W of shape (I, O)."""
     node, (x, weight) = at.node, at.node.args if len(at.node.args) == 2 else at.bind("input other")
@@ -193,7 +193,8 @@ ATEN_PADS = {
     for op in (getattr(aten, f"{name}{dims}d").default for dims in (1, 2, 3))
 }
 PADS = (
-    F.pad, aten.constant_pad_nd.default, *ATEN_PADS, nn.ZeroPad1d, nn.ZeroPad2d, nn.ZeroPad3d, nn.ConstantPad1d, nn.ConstantPad2d, nn.ConstantPad3d,
+    F.pad, aten.constant_pad_nd.default, *ATEN_PADS,
+    nn.ZeroPad1d, nn.ZeroPad2d, nn.ZeroPad3d, nn.ConstantPad1d, nn.ConstantPad2d, nn.ConstantPad3d,
     nn.ReflectionPad1d, nn.ReflectionPad2d, nn.ReflectionPad3d, nn.ReplicationPad1d, nn.ReplicationPad2d,
     nn.ReplicationPad3d,
 )  # fmt: skip

@@ -18,13 +18,10 @@ from fxrep.readers.registry import Call, First, reader
 RANKS = {nn.BatchNorm1d: (2, 3), nn.BatchNorm2d: (4,), nn.BatchNorm3d: (5,)}
 aten = torch.ops.aten
 #: What `F.batch_norm` is decomposed into; each gives the batch's statistics beside the normalised value.
-NATIVE_BATCH_NORMS = tuple(
-    First(op)
-    for op in (
-        aten._native_batch_norm_legit_no_training.default, aten._native_batch_norm_legit.default,
-        aten._native_batch_norm_legit_functional.default, aten.native_batch_norm.default,
-    )
-)  # fmt: skip
+NATIVE_BATCH_NORMS = (
+    First(aten._native_batch_norm_legit_no_training.default),
+    First(aten._native_batch_norm_legit_functional.default),
+)
 
 
 @reader(nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)

@@ -119,7 +119,7 @@ def shape_of_t(at: Call) -> Shape:
     return _view(at, layout.source, layout.axes[::-1])
 
 
-@shape_rule("contiguous", torch.clone, "clone", "alias")
+@shape_rule("contiguous", torch.clone, "clone", torch.ops.aten.alias.default)
 def shape_of_contiguous(at: Call) -> Shape:
     layout = layout_of(at, at.first)
     return _view(at, layout.source, layout.axes)
