@@ -186,14 +186,8 @@ def _linear(at: Call, x: Any, weight: Kernel, bias: Kernel | None) -> AffineForm
     return _convolve(at, x, AffineConv(real_weight(weight), 1, (), (), (), (), bias))
 
 
-#: Pads that aten names by the value they insert.
-ATEN_PADS = {
-    op: mode
-    for name, mode in (("reflection_pad", "reflect"), ("replication_pad", "replicate"))
-    for op in (getattr(aten, f"{name}{dims}d").default for dims in (1, 2, 3))
-}
 PADS = (
-    F.pad, aten.constant_pad_nd.default, *ATEN_PADS,
+    F.pad, aten.constant_pad_nd.default,
     nn.ZeroPad1d, nn.ZeroPad2d, nn.ZeroPad3d, nn.ConstantPad1d, nn.ConstantPad2d, nn.ConstantPad3d,
     nn.ReflectionPad1d, nn.ReflectionPad2d, nn.ReflectionPad3d, nn.ReplicationPad1d, nn.ReplicationPad2d,
     nn.ReplicationPad3d,
@@ -227,12 +221,6 @@ def read_pad(at: Call) -> AffineForm:
 def read_aten_constant_pad(at: Call) -> AffineForm:
     x, pad, value = at.bind("input pad value", value=0)
     return _pad(at, x, pad, "constant", value)
-
-
-@reader(*ATEN_PADS)
-def read_aten_pad(at: Call) -> AffineForm:
-    x, padding = at.bind("input padding")
-    return _pad(at, x, padding, ATEN_PADS[at.node.target], 0.0)
 
 
 @reader(nn.ZeroPad1d, nn.ZeroPad2d, nn.ZeroPad3d, nn.ConstantPad1d, nn.ConstantPad2d, nn.ConstantPad3d)

@@ -17,7 +17,7 @@ from fxrep.shapes import Axis, Dim, Shape, Size, divided, multiplied
 
 Axes = tuple[tuple[Atom, ...], ...]
 
-RESHAPES = ("view", "reshape", torch.reshape, torch.ops.aten._unsafe_view.default)
+RESHAPES = ("view", "reshape", torch.reshape)
 FLATTENS = (torch.flatten, "flatten", nn.Flatten)
 LIKE_ANOTHER = ("reshape_as", "view_as")
 TRANSPOSES = (torch.transpose, "transpose", "swapaxes", torch.swapaxes)
