@@ -172,7 +172,7 @@ class _Lift:
             given = {**self.env, **dict(zip(operands, values, strict=False))}
             args, kwargs = map_arg((node.args, dict(node.kwargs)), given.__getitem__)
             if node.op != "call_module":
-                return SPELLED.get(node.target, node.target)(*args, **kwargs)  # type: ignore[arg-type, operator]
+                return SPELLED.get(node.target, node.target)(*args, **kwargs)
             weights = dict(zip(names, values[len(operands) :], strict=True))
             return torch.func.functional_call(self.modules[str(node.target)], weights, args, kwargs)
 
