@@ -200,6 +200,7 @@ def two_readers() -> nn.Module:
         (nn.Sequential(nn.ReLU(), nn.BatchNorm2d(3), nn.ReLU(), nn.Conv2d(3, 4, 3)), (2, 3, 8, 8), []),
         (nn.Sequential(nn.Conv2d(3, 4, 3), nn.MaxPool2d(2), nn.BatchNorm2d(4)), (2, 3, 8, 8), []),
         (two_readers(), (2, 3, 8, 8), []),
+        (nn.Sequential(nn.Conv2d(3, 4, 3), nn.InstanceNorm2d(4), nn.Conv2d(4, 4, 1)), (2, 3, 8, 8), []),
         (ComputedWeight(), (2, 3, 8, 8), []),
     ],
 )  # fmt: skip

@@ -43,6 +43,7 @@ class Step:
     read_by: list[int] = field(default_factory=list)
     pads: bool = False
     shifts: bool = False
+    is_affine: bool = True
 
 
 class Widened(TorchDispatchMode):
@@ -91,6 +92,7 @@ class Calls(TorchDispatchMode):
             step.pads = bool(args[6]) or any(args[4])  # a transposed one takes no shift before it either
         if kind == "bn":
             step.shifts = _shifts(*args)
+            step.is_affine = args[5] is not True  # else by statistics of its own input, as an instance norm runs
         for read in reads:
             self.steps[read].read_by.append(len(self.steps))
         self._made_by[made] = len(self.steps)
@@ -115,7 +117,7 @@ class Calls(TorchDispatchMode):
 
     def unfolded(self) -> list[str]:
         """The batch norms that a neighbour could have taken: of each, on which side that neighbour stands."""
-        sides = (self._side(step) for step in self.steps if step.kind == "bn")
+        sides = (self._side(step) for step in self.steps if step.kind == "bn" and step.is_affine)
         return [side for side in sides if side]
 
     def _side(self, bn: Step) -> str:
