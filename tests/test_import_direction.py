@@ -50,6 +50,7 @@ ORDER = (
     "islands",
     "wrappers",
     "exported",
+    "dynamo",
     "api",
     "conversion",
     "bench",

@@ -65,6 +65,8 @@ def _by_batch_statistics(at: Call, hint: str) -> Refusal:
 def _normalise(
     at: Call, x: object, mean: Kernel, var: Kernel, weight: Kernel | None, bias: Kernel | None, eps: float
 ) -> AffineForm:
+    if not isinstance(eps, (int, float)):
+        raise Illegal("unsupported-options", "its eps is computed at run time")
     dims = max(at.rank(x) - 2, 0)  # batch norm acts on axis 1, whatever follows it
     channels = var.shape[0]
     at.require_channels(x, dims, channels)
