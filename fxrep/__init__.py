@@ -15,6 +15,16 @@ if TYPE_CHECKING:
     from fxrep.readers import reader
     from fxrep.refolding import refold
     from fxrep.report import Report
+    from fxrep.training import (
+        Expansion,
+        RepOptimizer,
+        constant_scales,
+        expand,
+        hyper_search,
+        online,
+        scales_of,
+        target,
+    )
     from fxrep.verification import Verdict, verify
 
 _HOMES = {
@@ -24,6 +34,9 @@ _HOMES = {
     "explain": "fxrep.api", "reparameterize": "fxrep.api", "FxrepError": "fxrep.errors", "Refusal": "fxrep.errors",
     "reader": "fxrep.readers", "refold": "fxrep.refolding", "Report": "fxrep.report",
     "Verdict": "fxrep.verification", "verify": "fxrep.verification",
+    "Expansion": "fxrep.training", "RepOptimizer": "fxrep.training", "constant_scales": "fxrep.training",
+    "expand": "fxrep.training", "hyper_search": "fxrep.training", "online": "fxrep.training",
+    "scales_of": "fxrep.training", "target": "fxrep.training",
 }  # fmt: skip
 
 
@@ -39,18 +52,26 @@ def __getattr__(name: str) -> Any:
 __all__ = [
     "Conversion",
     "Equalization",
+    "Expansion",
     "FxrepError",
     "Refusal",
+    "RepOptimizer",
     "Report",
     "Verdict",
     "__version__",
     "calibrate",
+    "constant_scales",
     "convert",
     "equalize",
+    "expand",
     "explain",
+    "hyper_search",
     "load_weights",
+    "online",
     "reader",
     "refold",
     "reparameterize",
+    "scales_of",
+    "target",
     "verify",
 ]  # fmt: skip

@@ -69,15 +69,15 @@ def reparameterize(
     """
     if isinstance(model, ExportedProgram):
         _check_program(example_inputs, inplace)
-        return exported.collapse(model, profile or _profile_of(model.state_dict.values()), strict)
-    model = _checked(model)
-    examples = _bind(model, example_inputs)
+        return exported.collapse(model, profile or profile_of(model.state_dict.values()), strict)
+    model = check_model(model)
+    examples = bind_examples(model, example_inputs)
     with _no_collections():
         root = structural_copy(model)
         before = Architecture.of(root)
         begin = _pipeline(model, profile, strict)
         collapsed, report = Islands(root, begin, writes=True, inplace=inplace).collapse(examples)
-        return _finished(collapsed, root, model, before, report, inplace)
+        return finished(collapsed, root, model, before, report, inplace)
 
 
 def explain(
@@ -90,10 +90,10 @@ def explain(
     """The report that `reparameterize` would give, without rewriting: nothing is folded, so nothing is certified."""
     if isinstance(model, ExportedProgram):
         _check_program(example_inputs)
-        return exported.pipeline_of(model, profile or _profile_of(model.state_dict.values()), strict).explain()
-    model = _checked(model)
+        return exported.pipeline_of(model, profile or profile_of(model.state_dict.values()), strict).explain()
+    model = check_model(model)
     islands = Islands(structural_copy(model), _pipeline(model, profile, strict), writes=False)
-    return islands.collapse(_bind(model, example_inputs))[1]
+    return islands.collapse(bind_examples(model, example_inputs))[1]
 
 
 @contextmanager
@@ -110,7 +110,7 @@ def _no_collections() -> Iterator[None]:
 
 def _pipeline(model: nn.Module, profile: Profile | None, strict: bool) -> Begin:
     """What starts the line for one traced module."""
-    chosen = profile or _profile_of(model.parameters())
+    chosen = profile or profile_of(model.parameters())
 
     def begin(name: str, traced: Traced, examples: Mapping[str, Any]) -> Pipeline:
         return Pipeline(name, traced, examples, chosen, strict)
@@ -125,7 +125,7 @@ def _check_program(example_inputs: Examples, inplace: bool = False) -> None:
         raise FxrepError("inplace=True is for modules; an ExportedProgram is copied, leave it out")
 
 
-def _checked(model: object) -> nn.Module:
+def check_model(model: object) -> nn.Module:
     """The model itself, without what is only around it. Raises FxrepError for what is none."""
     if isinstance(model, nn.Module):
         _check_initialised(model)
@@ -148,7 +148,7 @@ def _check_initialised(model: nn.Module) -> None:
             raise FxrepError(f"the lazy parameter {name} has no shape yet; run the model once on an input first")
 
 
-def _bind(model: nn.Module, example_inputs: Examples) -> dict[str, Any]:
+def bind_examples(model: nn.Module, example_inputs: Examples) -> dict[str, Any]:
     """The example inputs by the names of the forward's parameters."""
     if example_inputs is None:
         return {}
@@ -166,12 +166,13 @@ def _bind(model: nn.Module, example_inputs: Examples) -> dict[str, Any]:
     return dict(bound.arguments)
 
 
-def _profile_of(tensors: Iterable[Tensor]) -> Profile:
+def profile_of(tensors: Iterable[Tensor]) -> Profile:
+    """The shipped profile of the device that holds the tensors."""
     return profile_for(next((t.device.type for t in tensors), "cpu"))
 
 
-def _finished(
-    result: nn.Module, root: nn.Module, model: nn.Module, before: Architecture, report: Report, inplace: bool
+def finished(
+    result: nn.Module, root: nn.Module, model: nn.Module, before: Architecture, report: Report, inplace: bool = False
 ) -> nn.Module:
     """Gives the result tensors of its own, the model's attributes, its hooks and the report."""
     if isinstance(result, GraphModule):

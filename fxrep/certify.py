@@ -272,7 +272,7 @@ class _Interpreter:
             tensors = [*module.named_parameters(), *module.named_buffers()]
             return torch.func.functional_call(module, {n: self._double(t) for n, t in tensors}, args, kwargs)
         twin = copy.copy(module)
-        lazily = type(module).forward in CONVERTED
+        lazily = self.doubles.as_stored and type(module).forward in CONVERTED
         for store in ("_parameters", "_buffers"):
             found: dict[str, Tensor | None] = vars(module)[store]
             vars(twin)[store] = {

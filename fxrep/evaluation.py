@@ -19,7 +19,12 @@ def in_float64(leaf: Leaf) -> Tensor:
 
 
 class Doubles:
-    """Leaf values as `in_float64` gives them, each tensor converted once; forget it as soon as its region is done."""
+    """Leaf values as `in_float64` gives them, each tensor converted once; forget it as soon as its region is done.
+
+    `as_stored` says that its values are the tensors' own, so that a large one may be converted elsewhere, piecewise.
+    """
+
+    as_stored = True
 
     def __init__(self) -> None:
         self._of: dict[int, tuple[Tensor, Tensor]] = {}
@@ -55,18 +60,19 @@ def _positive(node: Kernel, operands: dict[int, Kernel]) -> Kernel:
     return replace(node, **{f.name: swapped(getattr(node, f.name)) for f in fields(node) if f.init})
 
 
-def evaluate(kernel: Kernel, leaf_value: LeafValue = in_float64) -> Tensor:
+def evaluate(kernel: Kernel, leaf_value: LeafValue = in_float64, like: Tensor | None = None) -> Tensor:
     """The numbers of `kernel`, with every leaf read through `leaf_value`.
 
     The default folds for deployment: detached, in float64. Other leaf values give other readings of the same fold:
-    live parameters (with autograd), or squares and ones (the multipliers of a re-parameterised gradient).
+    live parameters (with autograd, or under `torch.func`) give online folds and the rules of a target's gradients.
+    Constants are made in the dtype and on the device of `like` (None: float64, where the leaves are).
     """
     order = topological((kernel,))
     pending = _count_readers(order)
     numbers: dict[int, Tensor] = {}
-    device = _device(order)
+    like = torch.empty((), dtype=torch.float64, device=_device(order)) if like is None else like
     for node in order:
-        numbers[id(node)] = _number(node, leaf_value, [numbers[id(o)] for o in node.operands], device)
+        numbers[id(node)] = _number(node, leaf_value, [numbers[id(o)] for o in node.operands], like)
         for operand in node.operands:
             pending[id(operand)] -= 1
             if not pending[id(operand)]:  # temporaries die as soon as their last reader has run
@@ -74,14 +80,14 @@ def evaluate(kernel: Kernel, leaf_value: LeafValue = in_float64) -> Tensor:
     return numbers[id(kernel)]
 
 
-def _number(node: Kernel, leaf_value: LeafValue, values: list[Tensor], device: torch.device) -> Tensor:
+def _number(node: Kernel, leaf_value: LeafValue, values: list[Tensor], like: Tensor) -> Tensor:
     if isinstance(node, Leaf):
         value = leaf_value(node)
         return value if node.axes is None else value.permute(node.axes)
     if isinstance(node, Constant):
-        return torch.full(node.shape, node.value, dtype=torch.float64, device=device)
+        return torch.full(node.shape, node.value, dtype=like.dtype, device=like.device)
     if isinstance(node, Dirac):
-        return node._compute().to(device, torch.float64)
+        return node._compute().to(like)
     return node._compute(*values)
 
 

@@ -59,15 +59,13 @@ def fold(emit: Emit, doubles: Doubles, default: Like | None = None) -> Folded:
 
     Raises Illegal where the parameters live on several devices, or where there are none and no default.
     """
-    weight = emit.gain if emit.operator is None else emit.operator.weight
-    bias = emit.bias if emit.operator is None else emit.operator.bias
-    like = default if emit.is_pass else _like([leaf.tensor for leaf in K.leaves(weight, bias)], default)
+    like = default if emit.is_pass else _like([leaf.tensor for leaf in K.leaves(*emit.kernels)], default)
     if like is None:
         raise Illegal("dtype-unknown", "its weights would be constants, and no parameter says of which dtype")
     fill = emit.operator.fill.value if emit.operator and isinstance(emit.operator.fill, K.Constant) else 0.0
     with torch.no_grad():
         if emit.operator is None:
-            w, b = (None if k is None else evaluate(k, doubles).to(like.device) for k in (weight, bias))
+            w, b = (None if k is None else evaluate(k, doubles).to(like.device) for k in emit.kernels)
             return Folded(emit, _cast(w, like), _cast(b, like), fill, like, (w, b))
         return _folded_operator(emit, emit.operator, doubles, fill, like)
 
@@ -92,6 +90,14 @@ def _folded_operator(emit: Emit, operator: AffineConv, doubles: Doubles, fill: f
 def _cast(value: Tensor | None, like: Like) -> Tensor | None:
     """A tensor of its own in its final dtype: the one rounding of a fold."""
     return None if value is None else value.to(like.dtype, copy=True)
+
+
+def in_layout(emit: Emit, number: Callable[[K.Kernel], Tensor]) -> tuple[Tensor | None, Tensor | None]:
+    """The weight (or gain) and the bias of an emit, in the layout of its torch layer."""
+    weight, bias = (None if k is None else number(k) for k in emit.kernels)
+    if weight is not None and emit.operator is not None and emit.operator.transposed:
+        weight = columns_first(weight, emit.operator.groups)
+    return weight, bias
 
 
 def like_of(model: nn.Module) -> Like | None:
@@ -176,7 +182,8 @@ def _run_part(
     sketch, axis = sketch_of(part), -dims - 1
     total = None
     for emit in part:
-        term = _run_emit(folded[id(emit)], values(emit.anchor), dims)
+        f = folded[id(emit)]
+        term = run_emit(emit, *f.proof, f.fill, values(emit.anchor), dims)
         if sketch is not None:
             term = (
                 gathered(term, sketch[0], axis)
@@ -188,10 +195,10 @@ def _run_part(
     return total
 
 
-def _run_emit(folded: Folded, x: Tensor, dims: int) -> Tensor:
-    operator, (weight, bias) = folded.emit.operator, folded.proof
-    if operator is not None:
-        return _run_operator(operator, folded, x)
+def run_emit(emit: Emit, weight: Tensor | None, bias: Tensor | None, fill: float, x: Tensor, dims: int) -> Tensor:
+    """One term on numbers: a convolution, a scale, or x itself."""
+    if emit.operator is not None:
+        return _run_operator(emit.operator, weight, bias, fill, x)
     if weight is not None:
         x = x * (weight.reshape(-1, *(1,) * dims) if weight.ndim else weight)
     if bias is not None:
@@ -199,8 +206,7 @@ def _run_emit(folded: Folded, x: Tensor, dims: int) -> Tensor:
     return x
 
 
-def _run_operator(operator: AffineConv, folded: Folded, x: Tensor) -> Tensor:
-    weight, bias = folded.proof
+def _run_operator(operator: AffineConv, weight: Tensor | None, bias: Tensor | None, fill: float, x: Tensor) -> Tensor:
     assert weight is not None
     if not operator.dims:
         return F.linear(x, weight, bias)
@@ -208,7 +214,9 @@ def _run_operator(operator: AffineConv, folded: Folded, x: Tensor) -> Tensor:
         extra = tuple(lo - hi for lo, hi in zip(operator.pad_lo, operator.pad_hi, strict=True))
         convolve = CONVOLVE_TRANSPOSED[operator.dims]
         return convolve(x, weight, bias, operator.stride, operator.pad_lo, extra, operator.groups, operator.dilation)
-    if any(operator.pad_lo) or any(operator.pad_hi):
+    inside = operator.pad_lo == operator.pad_hi and operator.mode == "zeros" and not needs_explicit_pad(operator)
+    if not inside:
         mode = pad_mode(operator)
-        x = F.pad(x, pad_arguments(operator), mode, folded.fill if mode == "constant" else None)
-    return CONVOLVE[operator.dims](x, weight, bias, operator.stride, 0, operator.dilation, operator.groups)
+        x = F.pad(x, pad_arguments(operator), mode, fill if mode == "constant" else None)
+    pads = operator.pad_lo if inside else 0
+    return CONVOLVE[operator.dims](x, weight, bias, operator.stride, pads, operator.dilation, operator.groups)

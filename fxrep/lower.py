@@ -33,6 +33,11 @@ class Emit:
     bias: Kernel | None = None
 
     @property
+    def kernels(self) -> tuple[Kernel | None, Kernel | None]:
+        """Its weight, or gain, and its bias."""
+        return (self.gain, self.bias) if self.operator is None else (self.operator.weight, self.operator.bias)
+
+    @property
     def is_pass(self) -> bool:
         return self.operator is None and self.gain is None and self.bias is None
 

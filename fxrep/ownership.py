@@ -33,6 +33,10 @@ class Ledger:
         elsewhere = (n for n in nodes if n not in settled)
         self.kept = {_memory(t) for t in self._tensors(elsewhere)}
 
+    def is_read_elsewhere(self, tensor: Tensor) -> bool:
+        """Whether more than one decision reads the tensor's memory, or something that goes on being computed."""
+        return self.uses[_memory(tensor)] > 1 or _memory(tensor) in self.kept
+
     def keep(self, decision: Decision) -> None:
         """The decision was not installed: what it stands for goes on being computed."""
         self.kept |= {_memory(t) for t in self.regions[decision.node]}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -20,8 +20,13 @@ from fxrep.fold import Folded, fold, like_of
 from fxrep.mutation import Writes, drop_identities, functionalize
 from fxrep.ownership import Ledger
 from fxrep.page import Picture
+<<<<<<< HEAD
 from fxrep.plan import Decision, Plan, Problem, make_plan
 from fxrep.readers import NOTHING, Readings, Told, is_bypass, read_graph
+=======
+from fxrep.plan import Decision, Legal, Problem, make_plan
+from fxrep.readers import Readings, is_bypass, read_graph
+>>>>>>> 8f40ed8 (training: targets of constant-scale branches with RepOptimizer, expansion, hyper-search, online folding)
 from fxrep.report import Collapse, Report
 from fxrep.rewrite import Rewriter, label_of, layer_names, settles
 from fxrep.trace import Traced
@@ -31,8 +36,13 @@ class Pipeline:
     """A traced model, read and planned; `rewrite` carries the plan out."""
 
     def __init__(
+<<<<<<< HEAD
         self, name: str, traced: Traced, examples: Mapping[str, Any], profile: Profile, strict: bool,
         told: Told = NOTHING,
+=======
+        self, name: str, traced: Traced, examples: Mapping[str, Any], profile: Profile, strict: bool = False,
+        legal: Legal = lambda _: None,
+>>>>>>> 8f40ed8 (training: targets of constant-scale branches with RepOptimizer, expansion, hyper-search, online folding)
     ) -> None:  # fmt: skip
         self.name, self.traced, self.graph, self.modules = name, traced, traced.graph, dict(traced.modules)
         self.before = census(self.graph, self.modules)
@@ -43,36 +53,40 @@ class Pipeline:
         self.nodes: dict[str, Node] = {n.name: n for n in self.graph.nodes}
         _check_examples(self.readings, shapes)
         self.like = like_of(traced.root)
-        self.plan = make_plan(_problem(self.graph, self.readings, writes, shapes), profile, strict)
+        self.plan = make_plan(_problem(self.graph, self.readings, writes, shapes), profile, strict, legal)
+        self.refused: list[Refusal] = []
 
     def explain(self) -> Report:
         """The report of the plan, with nothing folded and so nothing certified."""
-        return self._report(self.plan, (), planned(self.graph, self.modules, self.plan, self.readings.facts.scalars))
+        return self._report(planned(self.graph, self.modules, self.plan, self.readings.facts.scalars))
 
-    def rewrite(self, inplace: bool = False) -> tuple[GraphModule, Report]:
+    def decline(self, refusal: Refusal) -> None:
+        """Takes back the decision on the refusal's node: what it would replace stays as it is."""
+        self.plan = self.plan.without(refusal.node)
+        self.refused.append(refusal)
+
+    def rewrite(self, inplace: bool = False, writer: type[Rewriter] = Rewriter) -> tuple[GraphModule, Report]:
         """Folds and certifies every decision, one region at a time, and writes what passed."""
-        ledger = self._ledger() if inplace else None
-        plan, refused = self.plan, []
+        ledger = self.ledger() if inplace else None
         folded: dict[int, Folded] = {}
         shown: dict[int, Picture] = {}
         parameters = parameter_names(self.traced.root)
         for decision in self.plan.decisions.values():
             numbers = self._fold(decision)
             if isinstance(numbers, Refusal):
-                refused.append(numbers)
-                plan = plan.without(decision.node)
+                self.decline(numbers)
                 if ledger:
                     ledger.keep(decision)
                 continue
             shown |= pictures(decision, parameters) if len(shown) < MOST_PICTURES else {}
             folded |= {id(f.emit): f for f in (ledger.settle(decision, numbers) if ledger else numbers)}
-        rewriter = Rewriter(self.graph, plan, self.readings, self.modules, folded)
+        rewriter = writer(self.graph, self.plan, self.readings, self.modules, folded)
         collapsed = rewriter.write(self.name)
         sizes = {*self.readings.facts.scalars, *rewriter.numbers}
         after = census(collapsed.graph, dict(collapsed.named_modules()), sizes)
-        return collapsed, self._report(plan, refused, after, shown)
+        return collapsed, self._report(after, shown)
 
-    def _ledger(self) -> Ledger:
+    def ledger(self) -> Ledger:
         return Ledger(self.traced.root, self.nodes, self.modules, self.plan, self.readings.facts.constants)
 
     def _fold(self, decision: Decision) -> list[Folded] | Refusal:
@@ -84,10 +98,9 @@ class Pipeline:
             return Refusal(decision.node, illegal.code, illegal.reason, illegal.hint)
         return certify(decision, {id(f.emit): f for f in numbers}, self.nodes, self.readings, doubles) or numbers
 
-    def _report(
-        self, plan: Plan, refused: Sequence[Refusal], after: dict[str, int], shown: Mapping[int, Picture] | None = None
-    ) -> Report:
+    def _report(self, after: dict[str, int], shown: Mapping[int, Picture] | None = None) -> Report:
         """The plan in the user's names."""
+        plan = self.plan
         names = layer_names(plan, self.nodes, self.traced.modules)
         collapses = tuple(
             Collapse(
@@ -99,7 +112,7 @@ class Pipeline:
             for d in plan.decisions.values()
         )
         read = [r for r in self.readings.refusals.values() if self._is_declined(r)]
-        told = tuple(self._told(r) for r in (*read, *plan.refusals, *refused))
+        told = tuple(self._told(r) for r in (*read, *plan.refusals, *self.refused))
         drawn = scene(self.graph, self.modules, self.readings, plan)
         return Report(
             self.name, collapses, told, self.before, after, plan.seconds_before, plan.seconds_after, drawn,

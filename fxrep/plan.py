@@ -36,6 +36,9 @@ class Problem:
     sizes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
 
 
+Legal = Callable[[Recipe], None]
+
+
 @dataclass(frozen=True)
 class Decision:
     """One value and how it is computed; `inlined` are the values folded into it."""
@@ -67,12 +70,13 @@ class Plan:
         return replace(self, decisions=kept, removed=self.removed - frozenset(dropped.inlined), seconds_after=after)
 
 
-def make_plan(problem: Problem, profile: Profile, strict: bool = False) -> Plan:
+def make_plan(problem: Problem, profile: Profile, strict: bool = False, legal: Legal = lambda _: None) -> Plan:
     """Greedy in graph order: for each affine value its cone of values that nobody else reads, the best prefix of it.
 
-    `strict` allows no kernel with zeros that the model does not multiply by: 0·∞ is not a number.
+    `strict` allows no kernel with zeros that the model does not multiply by: 0·∞ is not a number. `legal` raises
+    Illegal for a recipe that may not be taken for some other reason.
     """
-    state = _State(problem, profile, strict)
+    state = _State(problem, profile, strict, legal)
     todo = deque(name for name in problem.forms if problem.readers[name])
     while todo:
         node = todo.popleft()
@@ -122,8 +126,8 @@ def _substitute(form: AffineForm, anchor: str, inner: AffineForm) -> Substitutio
 class _State:
     """The plan while it is made."""
 
-    def __init__(self, problem: Problem, profile: Profile, strict: bool) -> None:
-        self.problem, self.strict = problem, strict
+    def __init__(self, problem: Problem, profile: Profile, strict: bool, legal: Legal) -> None:
+        self.problem, self.strict, self.legal = problem, strict, legal
         self.order = {name: i for i, name in enumerate(problem.forms)}
         self.pricer = Pricer(Sizes(problem.shapes, dict(problem.sizes)), profile)
         self.readers = {name: set(users) for name, users in problem.readers.items()}
@@ -321,6 +325,8 @@ class _State:
         if strict and recipe.has_zeros:
             fact = f"{recipe.describe()} would have zeros where the branches do not read: with them inf becomes nan"
             raise Illegal("non-finite", fact)
+        if check:
+            self.legal(recipe)
         return recipe
 
     def _check_rows(self, out: Shape, recipe: Recipe) -> None:

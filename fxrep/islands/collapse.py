@@ -53,7 +53,7 @@ class Islands:
         traced = trace(module, examples)
         name = type(module).__name__
         if isinstance(traced, Refusal):
-            unchanged = _unchanged(name, module, traced)  # counted before anything is
+            unchanged = unchanged_report(name, module, traced)  # counted before anything is
             return module, _with_islands(unchanged, list(self._inside("", module, frozenset())))
         pipeline = self.begin(name, traced, examples)
         inplace = self.inplace and module is self.root  # an island may share tensors with what is around it
@@ -195,7 +195,8 @@ def _told(path: str, module: nn.Module, calls: Calls, chained: set[str]) -> Repo
     return _refused(path, *refusals)
 
 
-def _unchanged(name: str, module: nn.Module, refusal: Refusal) -> Report:
+def unchanged_report(name: str, module: nn.Module, refusal: Refusal) -> Report:
+    """Of a module whose forward stays as it is."""
     counts = census_of_module(module)
     return Report(name, (), (refusal,), counts, counts, 0.0, 0.0)
 

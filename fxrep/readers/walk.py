@@ -260,7 +260,11 @@ def _is_float(leaf: K.Leaf) -> bool:
 
 
 def _as_stored(kernel: Kernel) -> Tensor:
-    return kernel.tensor if isinstance(kernel, K.Leaf) else evaluate(kernel)
+    """In the dtype of the parameters that it is computed from, as the forward would have it."""
+    if isinstance(kernel, K.Leaf):
+        return kernel.tensor
+    first = next(K.leaves(kernel), None)
+    return evaluate(kernel) if first is None else evaluate(kernel).to(first.tensor.dtype)
 
 
 def attribute_of(root: nn.Module, target: str) -> Any:

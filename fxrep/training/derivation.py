@@ -1,0 +1,181 @@
+"""From constant-scale branches to the plain network that trains as they do."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.fx import GraphModule
+
+from fxrep import kernel as K
+from fxrep.api import Examples, bind_examples, check_model, finished, profile_of
+from fxrep.certify import certify
+from fxrep.copying import structural_copy
+from fxrep.errors import FxrepError, Illegal, Refusal
+from fxrep.evaluation import Doubles
+from fxrep.fold import fold
+from fxrep.islands import unchanged_report
+from fxrep.pipeline import Pipeline
+from fxrep.plan import Decision
+from fxrep.refolding import Architecture
+from fxrep.report import Report
+from fxrep.rewrite import layer_names
+from fxrep.trace import Traced, trace, untraceable
+from fxrep.training.linear import Linear, names_of
+from fxrep.training.rules import Rule, derive
+
+
+def target(model: nn.Module, example_inputs: Examples = None) -> nn.Module:
+    """The plain network that trains, with `RepOptimizer`, as the branches of `model` do.
+
+    Wherever branches with one trainable operator and constant factors are summed, W' = Σ L_i(W_i) + c: it starts at
+    the sum (rule of initialisation), and `.rules` say what its gradient is multiplied by (rule of iteration; Ding et
+    al., arXiv 2205.15242). Everything else is kept, and trains as it did.
+
+    Args:
+        model: in training mode; it is not touched. What is frozen (`requires_grad=False`, buffers, numbers, a batch
+            norm in eval mode) is a constant; a batch norm in training mode stays a layer.
+        example_inputs: as for `reparameterize`.
+
+    Returns:
+        A `torch.fx.GraphModule` in training mode, with a `Report` at `.report` and a tuple of rules at `.rules`.
+
+    Raises:
+        FxrepError: `model` is no module, or not in training mode.
+    """
+    model = check_model(model)
+    if not model.training:
+        raise FxrepError("a target is derived from a network as it trains, and this one is in eval mode; call train()")
+    examples = bind_examples(model, example_inputs)
+    before = Architecture.of(model)
+    traced = trace_as_it_trains(model, examples)
+    if isinstance(traced, Refusal):
+        return _ruled(untraced(model, traced), model, ())
+    name = type(model).__name__
+    pipeline = Pipeline(name, traced, examples, profile_of(model.parameters()), legal=Linear(traced.root))
+    _tell_of_norms(pipeline)
+    for refusal in [*_tied(pipeline), *by_present_values(pipeline)]:
+        if refusal.node in pipeline.plan.decisions:
+            pipeline.decline(refusal)
+    collapsed, report = pipeline.rewrite()
+    rules = tuple(_rules(pipeline, collapsed))
+    return _ruled(finished(collapsed, traced.root, model, before, told_of_kept(report, traced)), model, rules)
+
+
+def _ruled(result: nn.Module, model: nn.Module, rules: tuple[Rule, ...]) -> nn.Module:
+    result.rules = rules  # type: ignore[assignment]
+    return restore_modes(result, model)
+
+
+def untraced(model: nn.Module, refusal: Refusal) -> nn.Module:
+    """A copy of a model whose own forward must stay, with a report that says so."""
+    root = structural_copy(model)
+    report = unchanged_report(type(model).__name__, root, refusal)
+    return finished(root, root, model, Architecture.of(root), report)
+
+
+def told_of_kept(report: Report, traced: Traced) -> Report:
+    """The report with the modules that keep their own forward."""
+    kept = tuple(untraceable(path, reason) for path, reason in traced.kept.items())
+    return replace(report, refusals=(*kept, *report.refusals))
+
+
+def trace_as_it_trains(model: nn.Module, examples: dict[str, Any]) -> Traced | Refusal:
+    """The graph with every module in the mode that it has; refused where a forward does something else in eval mode."""
+    root = structural_copy(model)
+    for new, old in zip(root.modules(), model.modules(), strict=True):
+        new.training = old.training
+    traced, in_eval = trace(root, examples), trace(structural_copy(model), examples)
+    if isinstance(traced, Refusal) or isinstance(in_eval, Refusal):
+        return traced if isinstance(traced, Refusal) else in_eval
+    if str(traced.graph) != str(in_eval.graph):
+        fact = "its forward reads self.training, and a graph has one mode only"
+        return Refusal(type(model).__name__, "not-traceable", fact, "use modules such as nn.Dropout, which know theirs")
+    return traced
+
+
+def by_present_values(pipeline: Pipeline) -> Iterator[Refusal]:
+    """The decisions that would not hold for other numbers of what trains, such as padding over a bias that is zero."""
+    for decision in pipeline.plan.decisions.values():
+        doubles = _Elsewhere()
+        try:
+            numbers = [fold(e, doubles, pipeline.like) for e in decision.recipe.emits]
+        except Illegal:
+            continue  # the pipeline will say so
+        by_emit = {id(f.emit): f for f in numbers}
+        refusal = certify(decision, by_emit, pipeline.nodes, pipeline.readings, doubles)
+        if refusal is not None:
+            fact = f"with other numbers in what trains, {refusal.reason}"
+            yield Refusal(decision.node, "holds-by-value", fact)
+
+
+class _Elsewhere(Doubles):
+    """Leaf values with everything that trains moved away from where it is."""
+
+    as_stored = False
+
+    def of(self, tensor: Tensor) -> Tensor:
+        known = id(tensor) in self._of
+        value = super().of(tensor)
+        if known or not tensor.requires_grad:
+            return value
+        generator = torch.Generator().manual_seed(len(self._of))
+        moved = value + torch.randn(value.shape, generator=generator, dtype=torch.float64).to(value.device)
+        self._of[id(tensor)] = tensor, moved
+        return moved
+
+
+def _tell_of_norms(pipeline: Pipeline) -> None:
+    """Of batch norms in training mode, those in a branch keep a sum apart; the others are where they belong."""
+    readings = pipeline.readings
+    summed = {s for form in readings.forms.values() if len(form.sources) > 1 for s in form.sources}
+    hint = "one batch norm after the sum (fxrep.hyper_search), or frozen ones: eval(), requires_grad_(False)"
+    told = {
+        name: replace(r, reason=f"{r.reason}, in a branch", hint=hint) if r.code == "batch-statistics" else r
+        for name, r in readings.refusals.items() if r.code != "batch-statistics" or name in summed
+    }  # fmt: skip
+    pipeline.readings = replace(readings, refusals=told)
+
+
+def _tied(pipeline: Pipeline) -> Iterator[Refusal]:
+    """The decisions over a parameter that something else reads too: its gradient would be only a part."""
+    ledger, names = pipeline.ledger(), names_of(pipeline.traced.root)
+    for decision in pipeline.plan.decisions.values():
+        shared = [t for t in _trained(decision) if ledger.is_read_elsewhere(t)]
+        if shared:
+            fact = f"{names.get(id(shared[0]), 'a parameter')} is read elsewhere too, and trains by both gradients"
+            yield Refusal(decision.node, "tied-parameters", fact)
+
+
+def _trained(decision: Decision) -> list[Tensor]:
+    kernels = [k for e in decision.recipe.emits for k in e.kernels]
+    return [leaf.tensor for leaf in K.leaves(*kernels) if leaf.tensor.requires_grad]
+
+
+def _rules(pipeline: Pipeline, collapsed: GraphModule) -> Iterator[Rule]:
+    """One rule a decision in which something trains; what nothing trains is frozen."""
+    paths = layer_names(pipeline.plan, pipeline.nodes, pipeline.traced.modules)
+    made = dict(collapsed.named_parameters())
+    for decision in pipeline.plan.decisions.values():
+        emits = [e for e in decision.recipe.emits if not (e.is_pass or e.is_pad)]
+        names = [
+            f"{paths[id(e)]}.{kind}"
+            for e in emits for kind, kernel in zip(("weight", "bias"), e.kernels, strict=True) if kernel is not None
+        ]  # fmt: skip
+        kernels = [k for e in emits for k in e.kernels if k is not None]
+        for name, kernel in zip(names, kernels, strict=True):
+            made[name].requires_grad_(any(leaf.tensor.requires_grad for leaf in K.leaves(kernel)))
+        if _trained(decision):
+            yield derive(emits, names, [tuple(made[n].shape) for n in names])
+
+
+def restore_modes(result: nn.Module, model: nn.Module) -> nn.Module:
+    """The result as it trains: new layers in training mode, kept ones in the mode that they had."""
+    result.train()
+    modes = {name: module.training for name, module in model.named_modules()}
+    for name, module in result.named_modules():
+        module.training = modes.get(name, True)
+    return result

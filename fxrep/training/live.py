@@ -1,0 +1,121 @@
+"""Online re-parameterization: branches folded at each forward from live parameters, so that one operator runs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import cached_property
+from typing import Any
+
+from torch import Tensor, nn
+from torch.fx import GraphModule, Node
+
+from fxrep import kernel as K
+from fxrep.api import Examples, bind_examples, check_model, finished, profile_of
+from fxrep.errors import FxrepError, Refusal
+from fxrep.evaluation import evaluate
+from fxrep.fold import Folded, in_layout, run_emit
+from fxrep.kernel import Leaf
+from fxrep.lower import Emit
+from fxrep.pipeline import Pipeline
+from fxrep.plan import Decision
+from fxrep.refolding import Architecture
+from fxrep.rewrite import Rewriter
+from fxrep.training.derivation import by_present_values, restore_modes, told_of_kept, trace_as_it_trains, untraced
+from fxrep.training.linear import Live, names_of
+
+
+def online(model: nn.Module, example_inputs: Examples = None) -> nn.Module:
+    """The branches of `model`, trained at about the cost of its deploy form.
+
+    Each forward folds the live parameters into the single kernels, with autograd through the fold, and runs those: the
+    parameters, their names and their gradients are those of the branches, whose activations are never stored (Hu et
+    al., "Online Convolutional Re-parameterization", arXiv 2204.00826). What cannot be folded runs as it did: a batch
+    norm in training mode, so only branches without one, or with frozen ones (in eval mode), gain.
+
+    Args:
+        model: in training mode; it is not touched.
+        example_inputs: as for `reparameterize`.
+
+    Returns:
+        A `torch.fx.GraphModule` in training mode with a `Report` at `.report`; its state dict is that of the model.
+
+    Raises:
+        FxrepError: `model` is no module, or not in training mode.
+    """
+    model = check_model(model)
+    if not model.training:
+        raise FxrepError("branches are folded online as they train, and this network is in eval mode; call train()")
+    examples = bind_examples(model, example_inputs)
+    before = Architecture.of(model)
+    traced = trace_as_it_trains(model, examples)
+    if isinstance(traced, Refusal):
+        return restore_modes(untraced(model, traced), model)
+    pipeline = Pipeline(type(model).__name__, traced, examples, profile_of(model.parameters()), legal=Live(traced.root))
+    for refusal in list(by_present_values(pipeline)):
+        pipeline.decline(refusal)
+    result, report = pipeline.rewrite(writer=OnlineRewriter)
+    _restore_owners(result, dict(traced.root.named_modules()))
+    return restore_modes(finished(result, traced.root, model, before, told_of_kept(report, traced)), model)
+
+
+def _restore_owners(result: GraphModule, modules: Mapping[str, nn.Module]) -> None:
+    """Layers whose tensors are read, as they were: fx makes of them holders of the read tensors alone."""
+    for path in {str(n.target).rpartition(".")[0] for n in result.graph.find_nodes(op="get_attr")}:
+        if path in modules and path and not list(modules[path].children()):
+            result.set_submodule(path, modules[path])
+
+
+class OnlineLayer(nn.Module):
+    """An emit whose numbers are folded at each call from `tensors`, the live ones of its leaves in their order."""
+
+    def __init__(self, emit: Emit, fill: float, dims: int) -> None:
+        super().__init__()
+        self.emit, self.fill, self.dims = emit, fill, dims
+        self.order = {id(leaf.tensor): i for i, leaf in enumerate(distinct(emit))}
+
+    def forward(self, x: Tensor, *tensors: Tensor) -> Tensor:
+
+        def read(leaf: Leaf) -> Tensor:
+            return tensors[self.order[id(leaf.tensor)]]
+
+        weight, bias = in_layout(self.emit, lambda kernel: evaluate(kernel, read, tensors[0]))
+        return run_emit(self.emit, weight, bias, self.fill, x, self.dims)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> OnlineLayer:
+        return OnlineLayer(self.emit, self.fill, self.dims)  # it knows its leaves by identity, and owns none
+
+    def __reduce__(self) -> Any:
+        raise FxrepError("a network that folds online cannot be pickled; save its state_dict()")
+
+
+def distinct(emit: Emit) -> list[Leaf]:
+    """The emit's leaves, one for each tensor."""
+    return list({id(leaf.tensor): leaf for leaf in K.leaves(*emit.kernels)}.values())
+
+
+class OnlineRewriter(Rewriter):
+    """Writes layers that are given live tensors instead of layers that own folded ones."""
+
+    def _emit(self, folded: Folded, decision: Decision) -> Node:
+        leaves = distinct(folded.emit)
+        if not leaves:
+            return super()._emit(folded, decision)
+        x = self._anchor(folded, decision)
+        name = self._install(OnlineLayer(folded.emit, folded.fill, decision.recipe.dims or 0), folded.emit, decision)
+        tensors = [self.new.get_attr(self._path(leaf.tensor, f"{name}_constant{i}")) for i, leaf in enumerate(leaves)]
+        called: Node = self.new.call_module(name, (x, *tensors))
+        self.ours.add(called)
+        return called
+
+    @cached_property
+    def paths(self) -> dict[int, str]:
+        return names_of(self.modules[""])
+
+    def _path(self, tensor: Tensor, spare: str) -> str:
+        """Where the tensor is; one that is no parameter and no buffer gets a place of its own."""
+        if id(tensor) not in self.paths:
+            holder = nn.Module()
+            holder.register_buffer("value", tensor)
+            self.modules[spare] = holder
+            self.paths[id(tensor)] = f"{spare}.value"
+        return self.paths[id(tensor)]

@@ -1,0 +1,180 @@
+"""Where branches may go: the convolutions of a network, what follows each, and what geometry a branch must have."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+from torch.fx import Graph, Node
+from torch.nn.utils import parametrize
+
+from fxrep.affine import Ints
+from fxrep.copying import structural_copy
+from fxrep.errors import Illegal, Refusal
+from fxrep.fold import CONV_LAYERS
+from fxrep.readers import is_hooked, read_graph
+from fxrep.readers.convolution import CONVS, TRANSPOSED, pads_of
+from fxrep.readers.registry import meaning_of
+from fxrep.shapes import Shapes
+from fxrep.trace import trace
+from fxrep.training.branches import NORMS, batch_norm
+
+
+@dataclass(frozen=True, eq=False)
+class Site:
+    """A convolution that can be replaced; `norm` is the batch norm that it alone feeds, `index` its place in its stage,
+    the run of convolutions that give maps of one size and one number of channels."""
+
+    name: str
+    conv: Any
+    norm_name: str | None
+    norm: nn.Module | None
+    index: int
+
+    @property
+    def dims(self) -> int:
+        return self.conv.weight.ndim - 2
+
+    @property
+    def taps(self) -> Ints:
+        return tuple(self.conv.weight.shape[2:])
+
+    @property
+    def is_one_tap(self) -> bool:
+        return set(self.taps) == {1}
+
+    @property
+    def keeps_shape(self) -> bool:
+        """Whether the identity is a branch: as many channels, no stride, and pads that undo the kernel."""
+        return (
+            self.conv.in_channels == self.conv.out_channels
+            and set(self.conv.stride) == {1}
+            and not any(self._pads_or_none((1,) * self.dims) or (1,))
+        )
+
+    def _pads_or_none(self, taps: Ints) -> Ints | None:
+        try:
+            return self.pads(taps)
+        except Illegal:
+            return None
+
+    @property
+    def borders(self) -> tuple[Ints, Ints]:
+        return pads_of(self.conv.padding, self.taps, self.conv.dilation)
+
+    @property
+    def explicit_pads(self) -> list[int]:
+        """In the order of `F.pad`, the last axis first."""
+        return [p for pair in zip(*(reversed(b) for b in self.borders), strict=True) for p in pair]
+
+    def pads(self, taps: Ints, dilation: Ints | None = None) -> Ints:
+        """The padding with which a kernel of `taps` lies within the convolution's own, on its grid of taps.
+
+        Output sizes agree if pad_lo + pad_hi - d(k-1) does. Raises Illegal where no equal padding gives that.
+        """
+        dilation = self.conv.dilation if dilation is None else dilation
+        found = []
+        for k, d, k_, d_, lo, hi in zip(self.taps, self.conv.dilation, taps, dilation, *self.borders, strict=True):
+            total = lo + hi - d * (k - 1) + d_ * (k_ - 1)
+            offset = lo - total // 2
+            on_grid = offset % d == 0 and (k_ == 1 or d_ % d == 0) and 0 <= offset <= d * (k - 1) - d_ * (k_ - 1)
+            if total < 0 or total % 2 or not on_grid:
+                raise Illegal(
+                    "not-expandable", f"a kernel of {k_} taps has no place in one of {k} padded by {lo}, {hi}"
+                )
+            found.append(total // 2)
+        return tuple(found)
+
+    def convolution(self, taps: Ints, dilation: Ints | None = None, bias: bool = False) -> nn.Module:
+        """A new convolution between the same values, with torch's own initialisation."""
+        conv = self.conv
+        padding = conv.padding if taps == self.taps and dilation is None else self.pads(taps, dilation)
+        return CONV_LAYERS[self.dims, False](
+            conv.in_channels, conv.out_channels, taps, stride=conv.stride, padding=padding,
+            dilation=conv.dilation if dilation is None else dilation, groups=conv.groups, bias=bias,
+            padding_mode=conv.padding_mode, device=conv.weight.device, dtype=conv.weight.dtype,
+        )  # fmt: skip
+
+    def inner(self, outputs: int, taps: Ints, inputs: int | None = None, **options: Any) -> Any:
+        """A new convolution without padding, for one end of a sequence."""
+        conv = self.conv
+        options = {"groups": conv.groups, "bias": False, **options}
+        inputs = conv.in_channels if inputs is None else inputs
+        return CONV_LAYERS[self.dims, False](
+            inputs, outputs, taps, device=conv.weight.device, dtype=conv.weight.dtype, **options
+        )
+
+    def batch_norm(self, channels: int | None = None) -> nn.Module:
+        return batch_norm(self.conv.out_channels if channels is None else channels, self.dims, self.conv.weight)
+
+
+def find_sites(model: nn.Module) -> tuple[list[Site], list[Refusal]]:
+    """The convolutions that can be replaced, in the order in which they run, and why the others cannot."""
+    names = [n for n, m in model.named_modules() if isinstance(m, (*CONVS, *TRANSPOSED))]
+    root = structural_copy(model)
+    traced = trace(root)
+    if isinstance(traced, Refusal):
+        return [], [Refusal(n, "not-traceable", f"the network is not traced: {traced.reason}") for n in names]
+    calls: dict[str, list[Node]] = {}
+    for node in traced.graph.nodes:
+        if node.op == "call_module":
+            calls.setdefault(str(node.target), []).append(node)
+    reasons = {name: _obstacle(model, name, calls) for name in names}
+    order = [n for n in calls if n in reasons and reasons[n] is None]
+    indices = _places(traced.graph, dict(root.named_modules()), [calls[n][0] for n in order])
+    sites = [_site(model, name, calls, index) for name, index in zip(order, indices, strict=True)]
+    return sites, [r for r in reasons.values() if r is not None]
+
+
+def _obstacle(model: nn.Module, name: str, calls: Mapping[str, list[Node]]) -> Refusal | None:
+    conv: Any = model.get_submodule(name)
+    meaning = meaning_of(conv, dict.fromkeys((*CONVS, *TRANSPOSED)))
+    paths = Counter(id(m) for _, m in model.named_modules(remove_duplicate=False))
+    owners = Counter(id(p) for _, p in model.named_parameters(remove_duplicate=False))
+    if meaning in TRANSPOSED:
+        return Refusal(name, "transposed", "a transposed convolution has no such branches")
+    if meaning is None or parametrize.is_parametrized(conv):
+        return Refusal(name, "not-expandable", "its class, or a parametrization, computes something of its own")
+    if paths[id(conv)] > 1 or owners[id(conv.weight)] > 1:
+        return Refusal(name, "tied-parameters", "its weight is shared with another layer")
+    if is_hooked(conv):
+        return Refusal(name, "hooked", "a forward hook looks at it")
+    if name not in calls:
+        return Refusal(name, "not-traceable", "no traced call leads to it")
+    return None
+
+
+def _site(model: nn.Module, name: str, calls: Mapping[str, list[Node]], index: int) -> Site:
+    norm_name = _norm_after(model, calls[name], calls)
+    norm = None if norm_name is None else model.get_submodule(norm_name)
+    return Site(name, model.get_submodule(name), norm_name, norm, index)
+
+
+def _norm_after(model: nn.Module, nodes: list[Node], calls: Mapping[str, list[Node]]) -> str | None:
+    """The batch norm that reads a convolution's output, if each is the other's only one."""
+    users = [user for node in nodes for user in node.users]
+    if len(nodes) != 1 or len(users) != 1 or users[0].op != "call_module":
+        return None
+    name = str(users[0].target)
+    norm: Any = model.get_submodule(name)
+    is_norm = meaning_of(norm, dict.fromkeys(NORMS.values())) is not None and norm.affine and norm.track_running_stats
+    return name if is_norm and len(calls[name]) == 1 and not is_hooked(norm) else None
+
+
+def _places(graph: Graph, modules: dict[str, nn.Module], nodes: list[Node]) -> Iterator[int]:
+    """Of each convolution: how many before it, without a break, give maps like its own."""
+    shapes = read_graph(graph, modules).facts.shapes
+    before, index = None, 0
+    for node in nodes:
+        conv: Any = modules[str(node.target)]
+        key = conv.out_channels, _sizes(shapes, node, conv.weight.ndim - 2)
+        index = index + 1 if key == before else 0
+        before = key
+        yield index
+
+
+def _sizes(shapes: Shapes, node: Node, dims: int) -> tuple[Any, ...]:
+    return tuple(shapes.dim(shapes.of[node.name], i) for i in range(-dims, 0))
