@@ -36,7 +36,7 @@ def vgg(widths: tuple[int, ...] = (16, 32), depths: tuple[int, ...] = (3, 5)) ->
 
 
 def fit(net: nn.Module, data: Data, epochs: int, title: str, wrap: Callable[..., Any] = lambda sgd, _: sgd) -> float:
-    """SGD with momentum, Nesterov, weight decay and a cosine; gives the median seconds of a step."""
+    """SGD with momentum, Nesterov, weight decay and a cosine; gives the median CPU seconds of a step."""
     x, y = data
     decayed = [p for p in net.parameters() if p.ndim > 1]
     others = [p for p in net.parameters() if p.ndim <= 1]  # biases, batch norms and scales, as is usual
@@ -46,12 +46,12 @@ def fit(net: nn.Module, data: Data, epochs: int, title: str, wrap: Callable[...,
     seconds = []
     for _ in tqdm(range(epochs), desc=title, leave=False):
         for index in torch.randperm(len(x))[: len(x) // BATCH * BATCH].split(BATCH):
-            start = time.perf_counter()
+            start = time.process_time()
             optimizer.zero_grad()
             nn.functional.cross_entropy(net(shifted(x[index])), y[index]).backward()
             optimizer.step()
             schedule.step()
-            seconds.append(time.perf_counter() - start)
+            seconds.append(time.process_time() - start)
     return statistics.median(seconds)
 
 

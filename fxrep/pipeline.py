@@ -20,13 +20,8 @@ from fxrep.fold import Folded, fold, like_of
 from fxrep.mutation import Writes, drop_identities, functionalize
 from fxrep.ownership import Ledger
 from fxrep.page import Picture
-<<<<<<< HEAD
-from fxrep.plan import Decision, Plan, Problem, make_plan
-from fxrep.readers import NOTHING, Readings, Told, is_bypass, read_graph
-=======
 from fxrep.plan import Decision, Legal, Problem, make_plan
-from fxrep.readers import Readings, is_bypass, read_graph
->>>>>>> 8f40ed8 (training: targets of constant-scale branches with RepOptimizer, expansion, hyper-search, online folding)
+from fxrep.readers import NOTHING, Readings, Told, is_bypass, read_graph
 from fxrep.report import Collapse, Report
 from fxrep.rewrite import Rewriter, label_of, layer_names, settles
 from fxrep.trace import Traced
@@ -36,13 +31,8 @@ class Pipeline:
     """A traced model, read and planned; `rewrite` carries the plan out."""
 
     def __init__(
-<<<<<<< HEAD
-        self, name: str, traced: Traced, examples: Mapping[str, Any], profile: Profile, strict: bool,
-        told: Told = NOTHING,
-=======
         self, name: str, traced: Traced, examples: Mapping[str, Any], profile: Profile, strict: bool = False,
-        legal: Legal = lambda _: None,
->>>>>>> 8f40ed8 (training: targets of constant-scale branches with RepOptimizer, expansion, hyper-search, online folding)
+        told: Told = NOTHING, legal: Legal = lambda _: None,
     ) -> None:  # fmt: skip
         self.name, self.traced, self.graph, self.modules = name, traced, traced.graph, dict(traced.modules)
         self.before = census(self.graph, self.modules)

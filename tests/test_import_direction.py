@@ -53,11 +53,8 @@ ORDER = (
     "dynamo",
     "api",
     "conversion",
-<<<<<<< HEAD
     "bench",
-=======
     "training",
->>>>>>> 8f40ed8 (training: targets of constant-scale branches with RepOptimizer, expansion, hyper-search, online folding)
     "testing",
     "__init__",
     "zoo",

@@ -17,7 +17,9 @@ except ImportError:
     raise ImportError('fxrep.testing needs Hypothesis: pip install "fxrep[test]"') from None
 
 from fxrep.testing.program import Network, Program, decode
-from fxrep.testing.strategies import Inputs, inputs_for, networks, programs
+from fxrep.testing.strategies import Inputs, constant_scales, inputs_for, networks, programs
 from fxrep.testing.writer import OPS, Step
 
-__all__ = ["OPS", "Inputs", "Network", "Program", "Step", "decode", "inputs_for", "networks", "programs"]
+__all__ = [
+    "OPS", "Inputs", "Network", "Program", "Step", "constant_scales", "decode", "inputs_for", "networks", "programs",
+]  # fmt: skip

@@ -27,6 +27,10 @@ BRANCHES: tuple[tuple[Word, ...], ...] = (
     (CONV,), (CONV, BN), (CONV, BN), (BN,), (SAME,), (POINTWISE, CONV), (POINTWISE, POOL, BN), (CONV, SCALE), (POOL,),
     (PAD, PADLESS), (CONV, ACT), (SCALE,), (CONV, SHIFT, POINTWISE), (REUSE,),
 )  # fmt: skip
+#: What trains on a branch of a sum is one operator, and then a scale.
+SCALED_BRANCHES: tuple[tuple[Word, ...], ...] = (
+    (CONV, SCALE), (CONV, SCALE), (POINTWISE, SCALE), (CONV,), (SCALE,), (SAME,), (CONV, SCALE, SHIFT),
+)  # fmt: skip
 #: Sequences of which most merge.
 CHAINS: tuple[tuple[Word, ...], ...] = (
     (CONV, BN), (CONV, BN, ACT), (POINTWISE, CONV), (CONV, POINTWISE), (CONV, PADLESS), (BN, PADLESS), (BN, BN),
@@ -34,7 +38,10 @@ CHAINS: tuple[tuple[Word, ...], ...] = (
     (CONV, SAME, BN), (CONV, VIEW, BN), (HEAD, CONV, BN), (CONV, SHUFFLE, CONV), (REUSE, BN), (CONV, BN, REUSE, REUSE),
 )  # fmt: skip
 
+JOINS = ("add", "add", "add", "add", "sub", "cat")
+
 picks = st.lists(st.integers(0, 11), min_size=4, max_size=12).map(tuple)
+seeds = st.integers(0, 999)
 operands = st.sampled_from((0, 0, 0, 0, 0, 1, 1, 2, 3, 4, 6))
 
 
@@ -72,14 +79,14 @@ def _sequence(draw: Draw, words: tuple[Word, ...], on: int, stride: int = 0, wid
 
 
 @st.composite
-def branches(draw: Draw) -> list[Step]:
+def branches(draw: Draw, kinds: tuple[tuple[Word, ...], ...] = BRANCHES, joins: tuple[str, ...] = JOINS) -> list[Step]:
     """Two to four branches of one value, of equal stride and width, summed (or, at times, joined)."""
     at, stride, width = draw(operands), draw(st.sampled_from((0, 0, 0, 3))), draw(st.sampled_from((0, 0, 0, 3)))
-    steps = draw(_sequence(draw(st.sampled_from(BRANCHES)), at, stride, width))
+    steps = draw(_sequence(draw(st.sampled_from(kinds)), at, stride, width))
     for _ in range(draw(st.integers(1, 3))):
         last = len(steps) - 1
-        steps += draw(_sequence(draw(st.sampled_from(BRANCHES)), at + len(steps), stride, width))
-        join = draw(st.sampled_from(("add", "add", "add", "add", "sub", "cat")))
+        steps += draw(_sequence(draw(st.sampled_from(kinds)), at + len(steps), stride, width))
+        join = draw(st.sampled_from(joins))
         steps.append(draw(step(join, 0, len(steps) - 1 - last)))
     return steps
 
@@ -119,6 +126,25 @@ def networks(draw: Draw, *, inputs: str | None = None, max_phrases: int = 8) -> 
     return decode(draw(programs(inputs=inputs, max_phrases=max_phrases)))
 
 
+@st.composite
+def constant_scales(draw: Draw, *, inputs: str | None = None, max_blocks: int = 3) -> Network:
+    """Networks of summed branches with constant scales, in training mode: each block ends in a batch norm or not, and
+    in an activation. Some scales train all the same, and some convolutions do not."""
+    kind = draw(st.sampled_from(("2d", "2d", "1d", "tokens"))) if inputs is None else inputs
+    steps: list[Step] = []
+    for _ in range(draw(st.integers(1, max_blocks))):
+        steps += draw(branches(SCALED_BRANCHES, ("add", "add", "add", "sub")))
+        ends = draw(st.sampled_from((("bn", "act"), ("bn", "act"), ("act",))))
+        steps += [draw(step(op, 0)) for op in ends]
+    program = Program(input=kind, channels=draw(st.sampled_from((4, 2, 6))), steps=tuple(steps), seed=draw(seeds))
+    network = decode(program).train()
+    for name, parameter in network.named_parameters():
+        is_scale = name.startswith(("gain", "shift"))
+        trains = draw(st.sampled_from((False, False, False, True) if is_scale else (True,) * 7 + (False,)))
+        parameter.requires_grad_(trains)
+    return network
+
+
 @dataclass(frozen=True)
 class Inputs:
     """Positional inputs as data, so that a failing example prints in a line. Unpacks into new tensors each time."""
@@ -146,4 +172,4 @@ def inputs_for(draw: Draw, network: Network) -> Inputs:
     return Inputs(shape, program.inputs, draw(st.integers(0, 999)), channels_last)
 
 
-__all__ = ["Inputs", "inputs_for", "networks", "programs"]
+__all__ = ["Inputs", "constant_scales", "inputs_for", "networks", "programs"]

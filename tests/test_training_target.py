@@ -1,0 +1,295 @@
+"""A target under RepOptimizer trains as the branches do, and only with all three of multiplier, start and decay."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from helpers import drawn, relative_error
+from hypothesis import assume, event, given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from torch.optim import SGD, AdamW
+from training_cases import BLOCKS, Scale, Sum, batches, built, network, repvgg, scaled, train
+
+import fxrep
+from fxrep.errors import FxrepError
+from fxrep.testing import Network, constant_scales, inputs_for
+
+EXACT = 1e-12
+NESTEROV = {"lr": 0.05, "momentum": 0.9, "nesterov": True, "weight_decay": 1e-2}
+
+
+def multipliers(model: nn.Module) -> dict[str, Tensor]:
+    return fxrep.RepOptimizer(SGD((t := fxrep.target(model)).parameters(), lr=1.0), t).multipliers
+
+
+def outputs(net: nn.Module) -> Tensor:
+    """In training mode and in eval mode, of a copy: batch norms count what they see."""
+    net, (x, _) = copy.deepcopy(net), batches(1)[0]
+    with torch.no_grad():
+        return torch.cat([net.train()(x), net.eval()(x)])
+
+
+def difference(branches: nn.Module, target: nn.Module) -> float:
+    """Of the outputs, and of the weights: what the branches amount to now, against what the target has become."""
+    now = dict(fxrep.target(branches.train()).named_parameters())
+    weights = [relative_error(p, now[name]) for name, p in target.named_parameters()]
+    return max(relative_error(outputs(target), outputs(branches)), *weights)
+
+
+# The rule of iteration, by hand.
+
+
+def test_multiplier_of_three_branches():
+    block = repvgg().train().double()
+    s, t = (branch[1].weight.detach().flatten() for branch in block.branches[:2])
+    expected = (s**2).reshape(-1, 1, 1, 1).expand(4, 4, 3, 3).clone()
+    expected[:, :, 1, 1] += (t**2)[:, None]
+    for c in range(4):
+        expected[c, c, 1, 1] = 1 + s[c] ** 2 + t[c] ** 2
+    (got,) = multipliers(block).values()
+    assert torch.allclose(got, expected, rtol=1e-15, atol=0)
+
+
+def test_multiplier_of_two_branches_of_one_size():
+    block = Sum(4, scaled(4, 4, 3), scaled(4, 4, 3)).train().double()
+    a, b = (branch[1].weight.detach() for branch in block.branches)
+    (got,) = multipliers(block).values()
+    assert torch.allclose(got, (a**2 + b**2).reshape(-1, 1, 1, 1).expand_as(got), rtol=1e-15, atol=0)
+
+
+def test_initialisation_of_three_branches():
+    block = repvgg().train().double()
+    (wide, s), (narrow, t), r = ((*block.branches[0],), (*block.branches[1],), block.branches[2])
+    expected = s.weight[..., None] * wide.weight
+    expected[:, :, 1:2, 1:2] += t.weight[..., None] * narrow.weight
+    expected[:, :, 1, 1] += torch.diag(r.weight.flatten())
+    assert relative_error(fxrep.target(block).reparam.weight, expected) < 1e-15
+
+
+def test_what_nothing_trains_is_an_offset_and_not_multiplied():
+    block = Sum(4, scaled(4, 4, 3), nn.Identity()).train().double()
+    (rule,) = fxrep.target(block).rules
+    s = block.branches[0][1].weight.detach()
+    assert torch.equal(rule.outputs[0].multiplier, (s**2)[..., None].expand(4, 4, 3, 3))
+    assert torch.equal(rule.outputs[0].offset[:, :, 1, 1], torch.eye(4, dtype=torch.float64))
+
+
+def test_a_fixed_operator_after_what_trains_is_no_multiplier():
+    (rule,) = fxrep.target(built("edges")).rules
+    assert rule.fold is not None
+    assert rule.outputs[0].multiplier is None
+
+
+def test_what_is_frozen_stays():
+    block = Sum(4, scaled(4, 4, 3), scaled(4, 4, 1)).train().double()
+    block.branches[0].requires_grad_(False)
+    target = fxrep.target(block)
+    before = target.reparam.weight.detach().clone()
+    optimizer = fxrep.RepOptimizer(SGD(target.parameters(), **NESTEROV), target)
+    for _ in range(3):
+        optimizer.zero_grad()
+        target(torch.randn(2, 4, 5, 5, dtype=torch.float64)).square().sum().backward()
+        optimizer.step()
+    moved = (target.reparam.weight - before).abs() > 0
+    assert moved[:, :, 1, 1].all()
+    moved[:, :, 1, 1] = False
+    assert not moved.any()
+
+
+# Equal, step by step.
+
+
+@pytest.mark.parametrize("name", BLOCKS)
+def test_fifty_steps_are_those_of_the_branches(name: str):
+    branches = built(name)
+    target = fxrep.target(branches)
+    assert target.rules
+    assert difference(branches, target) < EXACT
+    data, start = batches(50), copy.deepcopy(target)
+    train(branches, SGD(branches.parameters(), **NESTEROV), data)
+    train(target, fxrep.RepOptimizer(SGD(target.parameters(), **NESTEROV), target), data)
+    assert difference(branches, target) < EXACT
+    assert difference(branches, start) > 1e-2  # they went somewhere
+
+
+@pytest.mark.parametrize("options", [
+    {"lr": 0.05}, {"lr": 0.05, "momentum": 0.9, "dampening": 0.3, "weight_decay": 0.1},
+    {"lr": 0.02, "momentum": 0.9, "weight_decay": 0.1, "maximize": True},
+], ids=lambda o: "+".join(o))  # fmt: skip
+@pytest.mark.parametrize("name", ["repvgg", "residual"])
+def test_other_kinds_of_sgd(name: str, options: dict[str, Any]):
+    branches = built(name)
+    target = fxrep.target(branches)
+    train(branches, SGD(branches.parameters(), **options), batches(10))
+    train(target, fxrep.RepOptimizer(SGD(target.parameters(), **options), target), batches(10))
+    assert difference(branches, target) < EXACT
+
+
+def _plain(target: nn.Module) -> Any:
+    return SGD(target.parameters(), **NESTEROV)
+
+
+@torch.no_grad()
+def _restarted(target: nn.Module) -> Any:
+    for rule in target.rules:
+        for output in rule.outputs:
+            target.get_parameter(output.name).normal_(0, 0.3)
+    return fxrep.RepOptimizer(SGD(target.parameters(), **NESTEROV), target)
+
+
+@pytest.mark.parametrize("spoiled", [_plain, _restarted], ids=["no multiplier", "another start"])
+def test_the_rules_are_needed(spoiled: Callable[[nn.Module], Any]):
+    branches = built("repvgg")
+    target = fxrep.target(branches)
+    optimizer = spoiled(target)
+    train(branches, SGD(branches.parameters(), **NESTEROV), batches(20))
+    train(target, optimizer, batches(20))
+    assert difference(branches, target) > 1e-2
+
+
+def test_the_identity_must_decay():
+    """One-dimensional parameters are commonly spared: the identity's scale is a part of the kernel, and must not be."""
+    branches = built("repvgg")
+    target = fxrep.target(branches)
+    spared = [m.weight for m in branches.modules() if isinstance(m, Scale)]
+    rest = [p for p in branches.parameters() if not any(p is s for s in spared)]
+    groups = [{"params": rest}, {"params": spared, "weight_decay": 0.0}]
+    train(branches, SGD(groups, **NESTEROV), batches(20))
+    train(target, fxrep.RepOptimizer(SGD(target.parameters(), **NESTEROV), target), batches(20))
+    assert difference(branches, target) > 1e-3
+
+
+@settings(max_examples=15)
+@given(st.data())
+def test_random_topologies(data: st.DataObject):
+    net = data.draw(constant_scales())
+    inputs = [data.draw(inputs_for(net)) for _ in range(3)]
+    assume(can_train(net, inputs[0]))
+    event(f"rules: {agrees(net, inputs)}")
+
+
+def test_random_topologies_have_rules():
+    """A floor, so that the property above is not about nothing."""
+    nets = drawn(constant_scales(), 40, 1)
+    ruled = [len(fxrep.target(net).rules) for net in nets]
+    assert sum(n > 0 for n in ruled) > 20
+    assert sum(ruled) > 30
+
+
+def agrees(net: Network, inputs: list[Any]) -> int:
+    """Trains a random network and its target on the same inputs; gives the number of rules."""
+    target = fxrep.target(net)
+    options = {"lr": 1e-3, "momentum": 0.9, "nesterov": True, "weight_decay": 0.1}
+    pair = [(net, _sgd(net, options, None)), (target, _sgd(target, options, target))]
+    for batch in inputs:
+        given = [[x.clone() for x in batch] for _ in pair]
+        losses = [_seeded_loss(model, args) for (model, _), args in zip(pair, given, strict=True)]
+        assert torch.allclose(*losses, rtol=1e-9, atol=1e-9)
+        for (_, optimizer), loss in zip(pair, losses, strict=True):
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+    return len(target.rules)
+
+
+def can_train(net: Network, batch: Any) -> bool:
+    """Not where an operation in place takes from autograd what it needs."""
+    try:
+        _loss(copy.deepcopy(net), [x.clone() for x in batch]).backward()
+    except RuntimeError as error:
+        return "inplace" not in str(error) and "does not require grad" not in str(error)
+    return True
+
+
+def _sgd(net: nn.Module, options: dict[str, Any], target: nn.Module | None) -> Any:
+    trained = [p for p in net.parameters() if p.requires_grad] or [nn.Parameter(torch.zeros(()))]
+    sgd = SGD(trained, **options)
+    return sgd if target is None or not target.rules else fxrep.RepOptimizer(sgd, target)
+
+
+def _seeded_loss(net: nn.Module, args: list[Tensor]) -> Tensor:
+    """Dropouts draw the same masks."""
+    torch.manual_seed(0)
+    return _loss(net, args)
+
+
+def _loss(net: nn.Module, args: list[Tensor]) -> Tensor:
+    out = net(*args)
+    return torch.stack([o.square().mean() for o in (out if isinstance(out, tuple) else (out,))]).sum()
+
+
+# AdamW: equal where one branch falls on an entry; else up to eps.
+
+
+def _adam_difference(blocks: list[nn.Module], eps: float) -> float:
+    torch.manual_seed(0)
+    branches = network(blocks)
+    target = fxrep.target(branches)
+    options = {"lr": 1e-3, "weight_decay": 0.1, "eps": eps}
+    train(branches, AdamW(branches.parameters(), **options), batches(20))
+    train(target, fxrep.RepOptimizer(AdamW(target.parameters(), **options), target), batches(20))
+    return difference(branches, target)
+
+
+def test_adamw_of_one_branch_is_exact():
+    assert _adam_difference([Sum(4, scaled(4, 4, 3)), Sum(4, scaled(4, 4, 3), nn.Identity())], eps=1e-3) < EXACT
+
+
+@pytest.mark.parametrize(("eps", "most"), [(1e-12, 1e-7), (1e-8, 1e-4), (1e-3, 1e-1)])
+def test_adamw_of_several_branches_is_off_by_eps(eps: float, most: float):
+    got = _adam_difference([repvgg(), repvgg()], eps)
+    assert got < most
+    assert got > EXACT
+
+
+def test_adamw_needs_the_rule():
+    branches = built("repvgg")
+    target = fxrep.target(branches)
+    train(branches, AdamW(branches.parameters(), lr=1e-3), batches(20))
+    train(target, AdamW(target.parameters(), lr=1e-3), batches(20))
+    assert difference(branches, target) > 1e-3
+
+
+# The door.
+
+
+def test_the_model_is_not_touched():
+    branches = built("edges")
+    state, modes = copy.deepcopy(branches.state_dict()), [m.training for m in branches.modules()]
+    target = fxrep.target(branches)
+    train(target, fxrep.RepOptimizer(SGD(target.parameters(), lr=0.1), target), batches(2))
+    assert all(torch.equal(a, b) for a, b in zip(state.values(), branches.state_dict().values(), strict=True))
+    assert modes == [m.training for m in branches.modules()]
+
+
+def test_a_copy_of_a_target_trains_too():
+    for name in ("repvgg", "edges"):
+        branches = built(name)
+        target = copy.deepcopy(fxrep.target(branches))
+        train(branches, SGD(branches.parameters(), **NESTEROV), batches(3))
+        train(target, fxrep.RepOptimizer(SGD(target.parameters(), **NESTEROV), target), batches(3))
+        assert difference(branches, target) < EXACT
+
+
+def test_eval_mode_is_an_error():
+    with pytest.raises(FxrepError, match=r"eval mode; call train\(\)"):
+        fxrep.target(built("repvgg").eval())
+
+
+def test_frozen_batch_norms_are_constants():
+    torch.manual_seed(0)
+    inner = nn.Sequential(nn.Conv2d(4, 4, 3, padding=1, bias=False), nn.BatchNorm2d(4).requires_grad_(False))
+    branches = network([Sum(4, inner, scaled(4, 4, 1))])
+    branches[3].branches[0][1].eval()
+    target = fxrep.target(branches)
+    assert len(target.rules) == 1
+    for net in (branches, target):
+        optimizer: Any = SGD([p for p in net.parameters() if p.requires_grad], **NESTEROV)
+        train(net, optimizer if net is branches else fxrep.RepOptimizer(optimizer, target), batches(10))
+    x, _ = batches(1)[0]
+    assert relative_error(target.eval()(x), branches.eval()(x)) < EXACT
