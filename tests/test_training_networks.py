@@ -1,0 +1,213 @@
+"""Networks made for training: expanded, searched, folded online."""
+
+from __future__ import annotations
+
+import copy
+import json
+from typing import Any
+
+import pytest
+import torch
+from helpers import randomise, relative_error
+from torch import Tensor, nn
+from training_cases import Fixed, Scale, Sum, scaled
+
+import fxrep
+from fxrep.errors import FxrepError
+
+#: name -> convolution, size of the map
+SITES: dict[str, tuple[nn.Module, tuple[int, ...]]] = {
+    "plain": (nn.Conv2d(4, 4, 3, padding=1, bias=False), (9, 8)),
+    "strided": (nn.Conv2d(4, 6, 3, stride=2, padding=1), (9, 8)),
+    "grouped": (nn.Conv2d(4, 8, 3, padding=1, groups=2), (9, 8)),
+    "depthwise": (nn.Conv2d(4, 4, 5, padding=2, groups=4), (9, 8)),
+    "dilated": (nn.Conv2d(4, 4, 3, padding=2, dilation=2), (9, 8)),
+    "1d": (nn.Conv1d(4, 4, 3, padding=1), (11,)),
+    "3d": (nn.Conv3d(4, 4, 3, padding=1), (5, 6, 5)),
+}
+NORMS = {1: nn.BatchNorm1d, 2: nn.BatchNorm2d, 3: nn.BatchNorm3d}
+
+
+def around(site: str) -> tuple[nn.Module, Tensor]:
+    conv, size = SITES[site]
+    conv, x = copy.deepcopy(conv), torch.randn(2, 4, *size, dtype=torch.float64)
+    return nn.Sequential(conv, NORMS[len(size)](conv.out_channels), nn.ReLU()).double(), x
+
+
+def layers(net: nn.Module) -> list[str]:
+    kinds = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+    return [str(m).replace(", bias=False", "") for m in net.modules() if isinstance(m, kinds)]
+
+
+@pytest.mark.parametrize("block", ["repvgg", "acnet", "dbb", "mobileone", "ecbsr", "dilated"])
+@pytest.mark.parametrize("site", SITES)
+def test_expanded_and_collapsed_it_has_the_deploy_shape(site: str, block: str):
+    net, x = around(site)
+    expanded = fxrep.expand(net, block)
+    if not expanded.expansion.expanded:
+        (refusal,) = expanded.expansion.refusals
+        assert refusal.code == "not-expandable"
+        assert (site, block) in LEFT_ALONE
+        return
+    assert (site, block) not in LEFT_ALONE
+    randomise(expanded)
+    collapsed = fxrep.reparameterize(expanded, x)
+    assert layers(collapsed) == layers(fxrep.reparameterize(net, x))
+    assert relative_error(collapsed(x), expanded.eval()(x)) < 1e-10
+
+
+LEFT_ALONE = {
+    ("1d", "acnet"), ("depthwise", "ecbsr"),
+    *((site, "dilated") for site in SITES if site != "depthwise"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("block", ["repvgg", "acnet", "dbb", "mobileone", "ecbsr"])
+@pytest.mark.parametrize("training", [False, True])
+def test_preserved_it_computes_what_it_computed(block: str, training: bool):
+    net, x = around("strided")
+    randomise(net).train(training)
+    expanded = fxrep.expand(net, block, preserve=True)
+    assert relative_error(expanded(x), net(x)) < 1e-12
+    assert len(list(expanded.parameters())) > len(list(net.parameters()))
+    assert (fxrep.expand(net, block).train(training)(x) - net(x)).abs().max() > 1e-3
+
+
+def test_where_and_a_block_of_ones_own():
+    net = nn.Sequential(nn.Conv2d(4, 4, 3, padding=1), nn.ReLU(), nn.Conv2d(4, 4, 3, padding=1)).double()
+
+    def twin(conv: Any) -> dict[str, nn.Module]:
+        return {"twin": copy.deepcopy(conv)}
+
+    expanded = fxrep.expand(net, twin, where="2")
+    assert expanded.expansion.expanded == ("2",)
+    assert layers(fxrep.reparameterize(expanded)) == layers(net)
+    with pytest.raises(FxrepError, match="fits no convolution"):
+        fxrep.expand(net, where="stages.*")
+    with pytest.raises(FxrepError, match="there is no block"):
+        fxrep.expand(net, "repvg")
+    with pytest.raises(FxrepError, match="same stride"):
+        fxrep.expand(net, lambda conv: {"valid": nn.Conv2d(4, 4, 3).double()})
+
+
+# Hyper-search.
+
+
+def plain() -> nn.Sequential:
+    convs = [(3, 4, 1), (4, 4, 1), (4, 4, 1), (4, 6, 2), (6, 6, 1)]
+    parts = [(nn.Conv2d(i, o, 3, s, 1, bias=False), nn.BatchNorm2d(o), nn.ReLU()) for i, o, s in convs]
+    return nn.Sequential(*(layer for part in parts for layer in part)).double()
+
+
+def test_the_searched_scales_begin_as_published():
+    scales = fxrep.scales_of(fxrep.hyper_search(plain()))
+    starts = {"0": 1.0, "3": 2**0.5, "6": 1.0, "9": 1.0, "12": 2**0.5}
+    assert {name: entry["s"][0] for name, entry in scales.items()} == pytest.approx(starts)
+    assert {name: entry["t"][0] for name, entry in scales.items()} == pytest.approx(starts)
+    assert {name for name, entry in scales.items() if "r" in entry} == {"3", "6", "12"}
+    assert all(entry.get("r", [1.0])[0] == 1.0 for entry in scales.values())
+
+
+def test_scales_become_the_constants_of_a_target():
+    searched = fxrep.hyper_search(plain())
+    for parameter in searched.parameters():
+        nn.init.normal_(parameter)
+    scales = json.loads(json.dumps(fxrep.scales_of(searched)))
+    target = fxrep.target(fxrep.constant_scales(plain(), scales))
+    assert len(target.rules) == 5
+    multiplier = target.rules[1].outputs[0].multiplier
+    s, t = (torch.tensor(scales["3"][kind], dtype=torch.float64) for kind in "st")
+    assert torch.allclose(multiplier[0, 0], _centred(s[0] ** 2, 1 + t[0] ** 2))
+    assert torch.allclose(multiplier[0, 1], _centred(s[0] ** 2, t[0] ** 2))
+
+
+def _centred(everywhere: Tensor, more: Tensor) -> Tensor:
+    expected = everywhere.expand(3, 3).clone()
+    expected[1, 1] += more
+    return expected
+
+
+def test_scales_that_do_not_fit_are_an_error():
+    scales = fxrep.scales_of(fxrep.hyper_search(plain()))
+    with pytest.raises(FxrepError, match="no convolution for the scales of 99"):
+        fxrep.constant_scales(plain(), {**scales, "99": scales["3"]})
+    with pytest.raises(FxrepError, match="takes s, t of 4 channels"):
+        fxrep.constant_scales(plain(), {"0": scales["3"]})
+    with pytest.raises(FxrepError, match="no scaled branches"):
+        fxrep.scales_of(plain())
+
+
+# Refusals of the theory.
+
+
+def test_a_batch_norm_in_a_branch_is_refused():
+    inner = nn.Sequential(nn.Conv2d(4, 4, 3, padding=1), nn.BatchNorm2d(4))
+    target = fxrep.target(Sum(4, inner, scaled(4, 4, 1)).double())
+    assert isinstance(target.get_submodule("branches.0.1"), nn.BatchNorm2d)  # a layer still, and the sum a sum
+    assert [o.name for rule in target.rules for o in rule.outputs] == ["branches.1.reparam.weight"]
+    assert any(r.code == "batch-statistics" and "in a branch" in r.reason for r in target.report.refusals)
+
+
+def test_two_trained_operators_in_sequence_are_refused():
+    inner = nn.Sequential(nn.Conv2d(4, 4, 1, bias=False), nn.Conv2d(4, 4, 3, padding=1, bias=False))
+    target = fxrep.target(Sum(4, inner, scaled(4, 4, 3)).double())
+    assert any(r.code == "parameters-not-linear" and "both train" in r.reason for r in target.report.refusals)
+
+
+def test_a_kernel_that_trains_in_two_places_is_refused():
+    shared = nn.Conv2d(4, 4, 3, padding=1, bias=False)
+    blocks = [Sum(4, nn.Sequential(shared, Scale(4)), scaled(4, 4, 1)) for _ in range(2)]
+    target = fxrep.target(nn.Sequential(*blocks).double())
+    assert not target.rules
+    assert {r.code for r in target.report.refusals} >= {"tied-parameters"}
+
+
+def test_a_fold_over_a_bias_that_happens_to_be_zero_is_refused():
+    first = nn.Conv2d(4, 4, 1)
+    nn.init.zeros_(first.bias)
+    padded = nn.Sequential(first, nn.ZeroPad2d(1), Fixed(4))
+    target = fxrep.target(Sum(4, padded, scaled(4, 4, 3)).double())
+    assert {r.code for r in target.report.refusals} & {"holds-by-value", "pads-over-bias"}
+
+
+# Online.
+
+
+def test_online_gradients_are_those_of_the_branches():
+    torch.manual_seed(0)
+    inner = nn.Sequential(nn.Conv2d(4, 4, 1, bias=False), nn.Conv2d(4, 4, 3, padding=1, bias=False))
+    net = Sum(4, scaled(4, 4, 3, trains=True), inner, Scale(4, trains=True)).double()
+    online = fxrep.online(net)
+    assert sum(collapse.became.startswith("Conv2d") for collapse in online.report.collapses) == 1
+    assert {n for n, _ in online.named_parameters()} == {n for n, _ in net.named_parameters()}
+    x = torch.randn(2, 4, 7, 6, dtype=torch.float64)
+    for _ in range(2):  # the second forward folds what the step has made
+        outs = [model(x) for model in (net, online)]
+        assert relative_error(outs[1], outs[0]) < 1e-12
+        for model, out in zip((net, online), outs, strict=True):
+            model.zero_grad()
+            out.square().sum().backward()
+        theirs = dict(net.named_parameters())
+        for name, parameter in online.named_parameters():
+            assert relative_error(parameter.grad, theirs[name].grad) < 1e-12
+        for model in (net, online):
+            torch.optim.SGD(model.parameters(), lr=1e-3).step()
+
+
+def test_online_keeps_less_for_the_backward_pass():
+    net = Sum(4, *(scaled(4, 4, k, trains=True) for k in (3, 3, 1)), Scale(4, trains=True), norm=False).double()
+    x = torch.randn(2, 4, 32, 32, dtype=torch.float64)
+    assert _kept(fxrep.online(net), x) < _kept(net, x) / 2
+
+
+def _kept(net: nn.Module, x: Tensor) -> int:
+    kept: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        kept[tensor.data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        out = net(x)
+    assert out.requires_grad
+    return sum(kept.values())
