@@ -45,7 +45,7 @@ class Link:
     layer: str
     into: tuple[str, ...]
     before: float
-    """Mean over the channels of p₁p₂, where p is a channel's range relative to its tensor's: 1 is the best there is."""
+    """Mean over the channels of min(p₁, p₂), where p is a channel's range relative to its tensor's: 1 is the best."""
     after: float
 
 
@@ -154,7 +154,8 @@ def _columns(layers: Mapping[str, Ranges], into: tuple[str, ...]) -> Tensor:
 
 def _precision(layers: Mapping[str, Ranges], name: str, into: tuple[str, ...]) -> float:
     inner, outer = layers[name].of_rows(), _columns(layers, into)
-    return float((inner * outer).mean() / (inner.max() * outer.max()).clamp_min(torch.finfo(torch.float64).tiny))
+    tiny = torch.finfo(torch.float64).tiny
+    return float(torch.minimum(*(r / r.max().clamp_min(tiny) for r in (inner, outer))).mean())
 
 
 def _chains(module: GraphModule) -> tuple[dict[str, tuple[str, ...]], dict[str, str]]:

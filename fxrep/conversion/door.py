@@ -86,7 +86,10 @@ def convert(
         path: the file to be; its folder exists.
         example_inputs: a tensor, a tuple or a dict of arguments: what the file is made for. A state dict needs none.
         to: `pt2`, `onnx`, `openvino` or `state_dict`; by default what the suffix of `path` says.
-        weights, entry, ignore, trust: a checkpoint to load first, see `fxrep.load_weights`.
+        weights: a checkpoint to load first; `entry`, `ignore` and `trust` are those of `fxrep.load_weights`.
+        entry: see there.
+        ignore: see there.
+        trust: see there.
         dtype: of the file, such as `float16`; by default the model's own.
         dynamic: the axes of the inputs whose size stays open, such as (0, 2, 3); 0 is the batch.
         strict: as for `reparameterize`.

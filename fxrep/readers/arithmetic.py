@@ -62,6 +62,7 @@ def read_div(at: Call) -> AffineForm:
 
 @reader(operator.neg, torch.neg, "neg", "neg_", torch.negative, "negative")
 def read_neg(at: Call) -> AffineForm:
+    """-x."""
     return at.operand().scale(K.Constant((), -1.0))
 
 

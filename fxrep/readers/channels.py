@@ -63,6 +63,7 @@ def read_aten_slice(at: Call) -> AffineForm:
 
 @reader(torch.narrow, "narrow")
 def read_narrow(at: Call) -> AffineForm:
+    """The channels [start, start + length)."""
     x, axis, start, length = at.bind("input dim start length")
     if not (isinstance(start, int) and isinstance(length, int)):
         raise Illegal("shape-unknown", "the range is computed at run time")
