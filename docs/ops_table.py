@@ -8,8 +8,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch._ops import OpOverload
 
 from fxrep.readers import registered
+from fxrep.readers.registry import First
 
 INTRODUCTION = """\
 # Ops that are read
@@ -37,8 +39,12 @@ def ops() -> dict[str, list[str]]:
 
 
 def name_of(target: Any) -> str:
+    if isinstance(target, First):
+        return f"{name_of(target.target)}[0]"
     if isinstance(target, str):
         return f"x.{target}()"
+    if isinstance(target, OpOverload):
+        return str(target)
     for module, short in PLACES:
         if getattr(module, target.__name__, None) is target:
             return f"{short}.{target.__name__}"
