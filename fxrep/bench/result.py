@@ -15,6 +15,7 @@ from fxrep.stopwatch import Times
 
 BASE = ("original", "eager")
 OURS, CONTROL = "fxrep", "control"
+LEAST = 0.01  # relative; less is no loss
 
 
 @dataclass(frozen=True)
@@ -75,9 +76,9 @@ class Bench:
         if row.times is None:
             return
         same = {r.form: r.times for r in self.rows if r.case == row.case and r.times}
-        noise = 0.0
+        noise = LEAST
         if CONTROL in same and BASE[0] in same:
-            noise = abs(same[CONTROL].to(same[BASE[0]]).median - 1)
+            noise = max(LEAST, abs(same[CONTROL].to(same[BASE[0]]).median - 1))
         for form, times in same.items():
             ratio = row.times.to(times)
             if form not in (OURS, CONTROL) and ratio.median - max(ratio.spread, noise) > 1:
