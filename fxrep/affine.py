@@ -108,6 +108,11 @@ class AffineConv:
         return isinstance(self.weight, K.Dirac) and depthwise and self.is_one_tap and not self.transposed
 
     @property
+    def averages(self) -> bool:
+        """Whether every tap is one and the same constant: an average pool, which has no weights of its own."""
+        return isinstance(self.weight, K.Constant)
+
+    @property
     def is_identity(self) -> bool:
         return self.copies and not self.moves and self.bias is None
 

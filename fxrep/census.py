@@ -63,12 +63,12 @@ def planned(
     """The census that the graph will have once the plan is carried out."""
     counts = dict.fromkeys(KINDS, 0)
     for node in graph.nodes:
-        if node.name in plan.decisions:
-            for kind in _recipe_kinds(plan.decisions[node.name].recipe):
-                counts[kind] += 1
-        elif node.name not in plan.removed and node.name not in numbers:
+        if node.name not in plan.removed and node.name not in plan.decisions and node.name not in numbers:
             for kind in kinds(node, modules):
                 counts[kind] += 1
+    for decision in plan.decisions.values():
+        for kind in _recipe_kinds(decision.recipe):
+            counts[kind] += 1
     return counts
 
 

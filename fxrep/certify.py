@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,8 +17,8 @@ from fxrep.affine import AffineConv
 from fxrep.double import CONVERTED, InDouble
 from fxrep.errors import Refusal
 from fxrep.evaluation import Doubles, evaluate
-from fxrep.fold import Folded, run, sketch_of
-from fxrep.lower import Recipe
+from fxrep.fold import Folded, run, sketch_of, value_of
+from fxrep.lower import Emit, Recipe
 from fxrep.parts import Anchor
 from fxrep.plan import Decision
 from fxrep.readers import Readings, is_bypass
@@ -28,37 +29,84 @@ TOLERANCE = 1e-8  # relative to the largest output, in float64: some 1e7 units o
 SEED = 0x5EED
 
 
-def certify(
-    decision: Decision,
-    folded: Mapping[int, Folded],
-    nodes: Mapping[str, Node],
-    readings: Readings,
-    doubles: Doubles,
-) -> Refusal | None:
-    """None if the fold gives what its sub-graph gives, on random data with border pixels, at two sizes."""
-    if _device(folded).type == "meta":
+@dataclass(frozen=True)
+class Region:
+    """A fold and what it replaces. Terms that have no value of their own in the graph are part of what reads them."""
+
+    decision: Decision
+    folded: Mapping[int, Folded]
+    terms: Mapping[str, Region]
+
+    @property
+    def inner(self) -> Iterator[Region]:
+        """The terms that it reads."""
+        return (self.terms[s] for s in self.decision.recipe.form.sources if s in self.terms)
+
+    @property
+    def sources(self) -> set[str]:
+        """The values of the graph that it is computed from."""
+        own = set(self.decision.recipe.form.sources) - set(self.terms)
+        return own.union(*(t.sources for t in self.inner))
+
+    @property
+    def emits(self) -> Iterator[Emit]:
+        yield from self.decision.recipe.emits
+        for term in self.inner:
+            yield from term.emits
+
+    def node_of(self, source: str) -> str:
+        """The node of the graph that has the size of a source."""
+        return self.terms[source].decision.at if source in self.terms else source
+
+    def proof(self, value: Callable[[str], Tensor], doubles: Doubles) -> list[Tensor]:
+        return run(self.decision.recipe, self.folded, self._operands(value, doubles))
+
+    def value(self, value: Callable[[str], Tensor], doubles: Doubles) -> Tensor:
+        return value_of(self.decision.recipe, self.folded, self._operands(value, doubles), doubles)
+
+    def _operands(self, value: Callable[[str], Tensor], doubles: Doubles) -> Callable[[Anchor], Tensor]:
+        def operand(anchor: Anchor) -> Tensor:
+            term = self.terms.get(anchor.source)
+            return _rows(value(anchor.source) if term is None else term.value(value, doubles), anchor, self.dims)
+
+        return operand
+
+    @property
+    def dims(self) -> int:
+        return self.decision.recipe.dims or 0
+
+
+def certify(region: Region, nodes: Mapping[str, Node], readings: Readings, doubles: Doubles) -> Refusal | None:
+    """None if the fold gives what its sub-graph gives, on random data with border pixels, at two sizes.
+
+    A term has no sub-graph of its own: it gives what its kernel says, and what reads it is compared with the sub-graph.
+    """
+    decision = region.decision
+    if _device(region.folded).type == "meta":
         return None  # no numbers, nothing to compare
-    interpreter = _Interpreter(decision, nodes, readings, doubles)
+    interpreter = _Interpreter(region, nodes, readings, doubles)
     for extra in (0, 1):
-        fact = _difference(decision, folded, interpreter, extra)
+        fact = _difference(region, interpreter, extra)
         if fact is not None:
             return _failed(decision, fact)
     return None
 
 
 @torch.no_grad()
-def _difference(decision: Decision, folded: Mapping[int, Folded], interpreter: _Interpreter, extra: int) -> str | None:
+def _difference(region: Region, interpreter: _Interpreter, extra: int) -> str | None:
     """How the fold differs from its sub-graph on maps that are `extra` larger than the least, or None."""
     try:
-        interpreter.restart(_draw(decision, interpreter.readings, extra, _device(folded)))
+        interpreter.restart(_draw(region, interpreter.readings, extra))
         with InDouble(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            anchors = {s: interpreter.value(s) for s in decision.recipe.form.sources}
-            expected = interpreter.value(decision.node)
-            got = run(decision.recipe, folded, lambda a: _rows(anchors[a.source], a, decision.recipe.dims or 0))
+            anchors = {s: interpreter.value(s) for s in sorted(region.sources)}
+            doubles, wanted = interpreter.doubles, region.decision.node
+            got = region.proof(anchors.__getitem__, doubles)
+            is_term = wanted not in interpreter.nodes
+            expected = region.value(anchors.__getitem__, doubles) if is_term else interpreter.value(wanted)
     except Exception as error:  # any failure to run it means that it is not certified
         return f"could not be run: {type(error).__name__}: {' '.join(str(error).split())[:160]}"
-    return _compared(decision.recipe, got, expected, _spread(anchors))
+    return _compared(region.decision.recipe, got, expected, _spread(anchors))
 
 
 def _compared(recipe: Recipe, got: Sequence[Tensor], expected: Tensor, spread: float) -> str | None:
@@ -82,7 +130,7 @@ def _compared(recipe: Recipe, got: Sequence[Tensor], expected: Tensor, spread: f
 
 
 def _failed(decision: Decision, fact: str) -> Refusal:
-    return Refusal(decision.node, "certificate-failed", f"the fold into {decision.recipe.describe()} {fact}")
+    return Refusal(decision.at, "certificate-failed", f"the fold into {decision.recipe.describe()} {fact}")
 
 
 def _spread(anchors: Mapping[str, Tensor]) -> float:
@@ -99,13 +147,17 @@ def _rows(value: Tensor, anchor: Anchor, dims: int) -> Tensor:
     return value.index_select(-dims - 1, torch.tensor(anchor.rows, device=value.device))
 
 
-def _draw(decision: Decision, readings: Readings, extra: int, device: torch.device) -> Callable[[str], Tensor]:
+def _draw(region: Region, readings: Readings, extra: int) -> Callable[[str], Tensor]:
     """Random values by name: small maps with a border all around an interior, of no two equal sides."""
-    dims = decision.recipe.dims or 0
+    dims = region.dims
     known = readings.facts.shapes
-    sources = set(decision.recipe.form.sources)
-    terms = [(known.full(known.of[e.anchor.source]), e.operator) for e in decision.recipe.emits]
-    before = [  # one anchor may be computed from another
+    sources = region.sources
+    emits = list(region.emits)
+    terms, before = (
+        [(known.full(known.of[region.node_of(e.anchor.source)]), e.operator) for e in some]
+        for some in (region.decision.recipe.emits, emits)
+    )
+    before += [  # one anchor may be computed from another
         (known.full(known.of[a.source]), term)
         for form in (readings.forms.get(s) for s in sources) if form is not None and sources.issuperset(form.sources)
         for a, term in form.terms if isinstance(term, AffineConv) and term.dims == dims
@@ -114,14 +166,10 @@ def _draw(decision: Decision, readings: Readings, extra: int, device: torch.devi
     generator = torch.Generator().manual_seed(SEED + extra)
 
     def draw(name: str) -> Tensor:
-        whole = [
-            e.operator
-            for e in decision.recipe.emits
-            if e.operator and e.anchor.source == name and e.anchor.rows is None
-        ]
+        whole = [e.operator for e in emits if e.operator and e.anchor.source == name and e.anchor.rows is None]
         channels = whole[0].in_channels if whole else 3
         shape = _concrete(known.full(known.of[name]), readings, lambda a: sizes.get(a, 2 - extra), dims, channels)
-        return torch.randn(shape, generator=generator, dtype=torch.float64).to(device)
+        return torch.randn(shape, generator=generator, dtype=torch.float64).to(_device(region.folded))
 
     return draw
 
@@ -213,10 +261,9 @@ def _concrete(
 class _Interpreter:
     """Runs the nodes that a decision replaces, on demand, in float64, on random values of what they are made from."""
 
-    def __init__(self, decision: Decision, nodes: Mapping[str, Node], readings: Readings, doubles: Doubles) -> None:
+    def __init__(self, region: Region, nodes: Mapping[str, Node], readings: Readings, doubles: Doubles) -> None:
         self.nodes, self.readings, self.doubles = nodes, readings, doubles
-        self.inside = {decision.node, *decision.inlined}
-        self.sources = set(decision.recipe.form.sources)
+        self.inside, self.sources = set(region.decision.replaced), region.sources
 
     def restart(self, draw: Callable[[str], Tensor]) -> None:
         """Forgets the values."""

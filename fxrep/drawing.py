@@ -44,7 +44,7 @@ def scene(graph: Graph, modules: Mapping[str, nn.Module], readings: Readings, pl
         if node.name in plan.removed:
             continue
         decision = plan.decisions.get(node.name)
-        sources = decision.recipe.form.sources if decision else [o.name for o in node.all_input_nodes if o in number]
+        sources = plan.sources(node.name) if decision else [o.name for o in node.all_input_nodes if o in number]
         after |= dict.fromkeys((places[s], places[node.name]) for s in sources if s in places)
     alive = _alive(after, [places[n.name] for n in shown if n.op == "output"])
     boxes = tuple(

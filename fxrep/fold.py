@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import gcd
 from typing import Any
 
@@ -168,6 +168,27 @@ def _empty_layer(operator: AffineConv) -> nn.Module:
 def run(recipe: Recipe, folded: Mapping[int, Folded], values: Callable[[Anchor], Tensor]) -> list[Tensor]:
     """The proof of each part of the recipe on numbers: sketched where an operator is in it, else as it is."""
     return [_run_part(part, folded, values, recipe.dims or 0) for part in recipe.parts]
+
+
+def value_of(
+    recipe: Recipe, folded: Mapping[int, Folded], values: Callable[[Anchor], Tensor], doubles: Doubles
+) -> Tensor:
+    """What the recipe gives on numbers, in float64."""
+    dims, parts = recipe.dims or 0, []
+    for part in recipe.parts:
+        terms = [_run_emit(_whole(folded[id(e)], doubles), values(e.anchor), dims) for e in part]
+        parts.append(sum(terms[1:], terms[0]))
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-dims - 1)
+
+
+def _whole(folded: Folded, doubles: Doubles) -> Folded:
+    """With the weights themselves for a proof."""
+    operator = folded.emit.operator
+    if operator is None:
+        return folded
+    weight = evaluate(operator.weight, doubles).to(folded.like.device)
+    bias = None if operator.bias is None else evaluate(operator.bias, doubles).to(folded.like.device)
+    return replace(folded, proof=(columns_first(weight, operator.groups) if operator.transposed else weight, bias))
 
 
 def sketch_of(part: Sequence[Emit]) -> tuple[int, int] | None:

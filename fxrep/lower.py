@@ -3,10 +3,11 @@ but one thing: whether parts on one anchor are stacked into one operator or stay
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from math import prod
+from typing import NamedTuple
 
 from fxrep import form as forms
 from fxrep import kernel as K
@@ -20,6 +21,7 @@ from fxrep.parts import Anchor, Gain, Part, Term
 from fxrep.shapes import Axis, Dim, Shape, Shapes
 
 DEFAULT_SIZE = 56  # of an axis about which nothing is known; choices inside a region depend on ratios alone
+ROUNDING = 1e-9  # relative, of sums of multiply-adds
 IMAGE_SIZE = 224  # of the height and width of what is certainly an image
 
 
@@ -85,6 +87,11 @@ class Recipe:
     def additions(self) -> int:
         return sum(len(part) - 1 for part in self.parts)
 
+    @property
+    def shifts(self) -> int:
+        """How many terms are nothing but an added constant."""
+        return sum(e.operator is None and e.gain is None and e.bias is not None for e in self.emits)
+
     @cached_property
     def steps(self) -> int:
         """How many operators it starts."""
@@ -107,8 +114,9 @@ def _describe(emit: Emit) -> str:
     return "identity" if emit.is_pass else "scale" if emit.gain is not None else "shift"
 
 
-def lower(form: AffineForm, price: Callable[[Recipe], float]) -> Recipe:
-    """The cheaper of the parts apart and the parts stacked, but no layer where there is none.
+def lower(form: AffineForm, stacks: Callable[[Recipe, Recipe], bool]) -> Recipe:
+    """The parts apart, or stacked where they are one operator and `stacks(apart, stacked)`; no layer where there is
+    none.
 
     Raises Illegal for a form that no operator computes.
     """
@@ -117,8 +125,7 @@ def lower(form: AffineForm, price: Callable[[Recipe], float]) -> Recipe:
     if stacked is None:
         return apart
     together = _recipe(stacked)
-    grows = together.convolutions > apart.convolutions
-    return together if not grows and price(together) <= price(apart) else apart
+    return together if together.convolutions <= apart.convolutions and stacks(apart, together) else apart
 
 
 def _recipe(form: AffineForm) -> Recipe:
@@ -214,6 +221,22 @@ class Sizes:
         return IMAGE_SIZE if is_image else DEFAULT_SIZE
 
 
+class Effort(NamedTuple):
+    """What no plan may raise: calls of layers and of additions, multiply-adds and weights of the layers."""
+
+    layers: float
+    additions: float
+    macs: float
+    weights: float
+
+    def exceeds(self, other: Effort) -> bool:
+        return any(a > b * (1 + ROUNDING) for a, b in zip(self, other, strict=True))
+
+
+def total(efforts: Iterable[Effort]) -> Effort:
+    return Effort(*map(sum, zip(*efforts, strict=True)))
+
+
 @dataclass(frozen=True)
 class Pricer:
     """Seconds of a recipe whose value has the shape `out` and whose anchors have the shapes `of`."""
@@ -223,6 +246,15 @@ class Pricer:
 
     def seconds(self, recipe: Recipe, out: Shape, of: Callable[[str], Shape]) -> float:
         return sum(w.seconds(self.profile) for w in self.works(recipe, out, of))
+
+    def effort(self, recipe: Recipe, out: Shape, of: Callable[[str], Shape], written: bool) -> Effort:
+        """`written` says that the recipe is to be written, in layers: what the model has as a pool is no layer."""
+        dims = recipe.dims or 0
+        result = self.sizes.numbers(out, dims + 1)
+        layers = [e for e in recipe.emits if e.operator and not e.is_pad and (written or not e.operator.averages)]
+        works = [w for e in layers for w in self._term(e, dims, result, of)]
+        weights = sum(w.weights for w in works)
+        return Effort(len(layers), recipe.additions + recipe.shifts, sum(w.macs for w in works), weights)
 
     def works(self, recipe: Recipe, out: Shape, of: Callable[[str], Shape]) -> list[Work]:
         dims = recipe.dims or 0

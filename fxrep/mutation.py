@@ -132,6 +132,8 @@ def functionalize(graph: Graph, modules: dict[str, nn.Module]) -> Writes:
         if written is not None and _follow(node, written, memory.sharing(written), position, modules):
             memory.fresh(node)
             continue
+        if written is not None and node.target is not operator.setitem and "out" not in node.kwargs:
+            _read_after(node, written, memory.sharing(written), position, modules)
         memory.join(node, _may_share_with(node, modules) if written is None else [written])
         touched = [] if written is None else memory.sharing(node)
         pinned.update(n.name for n in touched)
@@ -230,6 +232,16 @@ def _follow(
     for stale, user in later:
         user.replace_input_with(stale, node)
     return True
+
+
+def _read_after(
+    node: Node, written: Node, sharing: list[Node], position: dict[Node, int], modules: dict[str, nn.Module]
+) -> None:
+    """Lets later readers of what is written in place read the result, which is the same tensor: one value, one name."""
+    for same in sharing:
+        if _origin(same, modules) is _origin(written, modules):
+            for user in [u for u in same.users if position[u] > position[node]]:
+                user.replace_input_with(same, node)
 
 
 def _origin(node: Node, modules: dict[str, nn.Module]) -> Node:

@@ -27,7 +27,7 @@ class Ledger:
         constants: Collection[str],
     ) -> None:  # fmt: skip
         self.root, self.nodes, self.modules, self.constants = root, nodes, modules, constants
-        self.regions = {d.node: self._tensors((*d.inlined, d.node)) for d in plan.decisions.values()}
+        self.regions = {d.node: self._tensors(d.replaced) for d in plan.decisions.values()}
         self.uses = Counter(m for region in self.regions.values() for m in {_memory(t) for t in region})
         settled = {*plan.removed, *plan.decisions, *constants}
         elsewhere = (n for n in nodes if n not in settled)

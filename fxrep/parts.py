@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
+from math import prod
 
 from fxrep import affine, composition
 from fxrep import kernel as K
@@ -69,16 +70,27 @@ def merge(terms: dict[Anchor, Term], anchor: Anchor, term: Term) -> None:
     terms[anchor] = _add_terms(terms[anchor], term) if anchor in terms else term
 
 
-def merge_where_legal(terms: dict[Anchor, Term], anchor: Anchor, term: Term) -> None:
-    """Adds a term to a sum: to the first slot in which it and what is there are one operator."""
-    anchor = replace(anchor, slot=0)
-    while anchor in terms:
-        try:
-            terms[anchor] = _add_terms(terms[anchor], term)
-            return
-        except Illegal:
-            anchor = replace(anchor, slot=anchor.slot + 1)
-    terms[anchor] = term
+def merge_where(accepted: Callable[[Term, Term, Term], bool]) -> Join:
+    """A join by which terms on one value, or on some channels of it, become one operator where that is legal and
+    `accepted(one, a, b)`; else each has a slot of its own."""
+
+    def join(terms: dict[Anchor, Term], anchor: Anchor, term: Term) -> None:
+        apart = [(a, terms.pop(a)) for a in tuple(terms) if a.source == anchor.source]
+        todo = [(anchor, term)]
+        while todo:
+            new = todo.pop()
+            for i, old in enumerate(apart):
+                both = _merged_terms(old, new)
+                if both is not None and accepted(both[1], old[1], new[1]):
+                    del apart[i]
+                    todo.append(both)
+                    break
+            else:
+                apart.append(new)
+        for where, each in apart:
+            keep_apart(terms, replace(where, slot=0), each)
+
+    return join
 
 
 def keep_apart(terms: dict[Anchor, Term], anchor: Anchor, term: Term) -> None:
@@ -86,6 +98,30 @@ def keep_apart(terms: dict[Anchor, Term], anchor: Anchor, term: Term) -> None:
     while anchor in terms:
         anchor = replace(anchor, slot=anchor.slot + 1)
     terms[anchor] = term
+
+
+def _merged_terms(a: tuple[Anchor, Term], b: tuple[Anchor, Term]) -> tuple[Anchor, Term] | None:
+    """Two terms on one source as one operator on all the channels that they read, or None where they are none."""
+    (p, s), (q, t) = a, b
+    try:
+        if p.rows == q.rows:
+            return replace(p, slot=0), _add_terms(s, t)
+        operators = [x for x in (s, t) if isinstance(x, AffineConv)]
+        if not operators:
+            return None
+        one = operators[0]
+        pair = [(r, _as_operator(x, one.out_channels, one.dims)) for r, x in ((p.rows, s), (q.rows, t))]
+        whole = next((x.in_channels for rows, x in pair if rows is None), None)
+        rows = tuple(sorted({c for r, _ in pair if r is not None for c in r})) if whole is None else tuple(range(whole))
+        wide = [x if r is None else x.widened(tuple(rows.index(c) for c in r), len(rows)) for r, x in pair]
+        return Anchor(p.source, None if whole is not None else rows), affine.add(*wide)
+    except Illegal:
+        return None
+
+
+def weights_of(term: Term) -> int:
+    """How many numbers a kernel holds; what scales or copies has none."""
+    return 0 if isinstance(term, Gain) or term.is_diagonal or term.copies else prod(term.weight.shape)
 
 
 def times(term: Term, factor: Kernel) -> Term:
@@ -140,7 +176,7 @@ def add_parts(p: Part, q: Part, join: Join = merge) -> Part:
         raise Illegal("broadcast", f"{p.channels} channels are added to {q.channels}")
     for anchor, term in q.terms.items():
         join(terms, anchor, term)
-    return Part(_gathered(terms, channels), K.total(p.bias, q.bias), channels)
+    return Part(terms, K.total(p.bias, q.bias), channels)
 
 
 def take_rows(part: Part, rows: Ints) -> Part:

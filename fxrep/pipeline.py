@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.fx import Graph, GraphModule, Node
 
 from fxrep.census import census, planned
-from fxrep.certify import certify
+from fxrep.certify import Region, certify
 from fxrep.cost import Profile
 from fxrep.drawing import MOST_PICTURES, parameter_names, pictures, scene
 from fxrep.errors import UNTOLD, FxrepError, Illegal, Refusal
@@ -20,10 +20,11 @@ from fxrep.fold import Folded, fold, like_of
 from fxrep.mutation import Writes, drop_identities, functionalize
 from fxrep.ownership import Ledger
 from fxrep.page import Picture
-from fxrep.plan import Decision, Legal, Problem, make_plan
+from fxrep.plan import Decision, Legal, Problem
 from fxrep.readers import NOTHING, Readings, Told, is_bypass, read_graph
 from fxrep.report import Collapse, Report
 from fxrep.rewrite import Rewriter, label_of, layer_names, settles
+from fxrep.search import make_plan
 from fxrep.trace import Traced
 
 
@@ -44,6 +45,7 @@ class Pipeline:
         _check_examples(self.readings, shapes)
         self.like = like_of(traced.root)
         self.plan = make_plan(_problem(self.graph, self.readings, writes, shapes), profile, strict, legal)
+        self.places = {d.node: d.at for d in self.plan.decisions.values()}
         self.refused: list[Refusal] = []
 
     def explain(self) -> Report:
@@ -52,7 +54,7 @@ class Pipeline:
 
     def decline(self, refusal: Refusal) -> None:
         """Takes back the decision on the refusal's node: what it would replace stays as it is."""
-        self.plan = self.plan.without(refusal.node)
+        self.plan = self.plan.without(refusal.node, self._computed_from(refusal.node))
         self.refused.append(refusal)
 
     def rewrite(self, inplace: bool = False, writer: type[Rewriter] = Rewriter) -> tuple[GraphModule, Report]:
@@ -61,8 +63,9 @@ class Pipeline:
         folded: dict[int, Folded] = {}
         shown: dict[int, Picture] = {}
         parameters = parameter_names(self.traced.root)
+        terms: dict[str, Region] = {}
         for decision in self.plan.decisions.values():
-            numbers = self._fold(decision)
+            numbers = self._fold(decision, terms)
             if isinstance(numbers, Refusal):
                 self.decline(numbers)
                 if ledger:
@@ -79,14 +82,31 @@ class Pipeline:
     def ledger(self) -> Ledger:
         return Ledger(self.traced.root, self.nodes, self.modules, self.plan, self.readings.facts.constants)
 
-    def _fold(self, decision: Decision) -> list[Folded] | Refusal:
+    def _computed_from(self, name: str) -> set[str]:
+        """The values that are no longer computed, and that the node is computed from."""
+        found: set[str] = set()
+        todo = [self.nodes[name]] if name in self.nodes else []
+        while todo:
+            missing = {n for n in todo.pop().all_input_nodes if n.name in self.plan.removed} - {self.nodes[f] for f in found}
+            found |= {n.name for n in missing}
+            todo += missing
+        return found
+
+    def _fold(self, decision: Decision, terms: dict[str, Region]) -> list[Folded] | Refusal:
         """The decision's numbers in float64, certified."""
+        refused = [s for s in decision.recipe.form.sources if s not in self.nodes and s not in terms]
+        if refused:
+            return Refusal(decision.node, "certificate-failed", "a term of it was refused")
         doubles = Doubles()
         try:
             numbers = [fold(e, doubles, self.like) for e in decision.recipe.emits]
         except Illegal as illegal:
             return Refusal(decision.node, illegal.code, illegal.reason, illegal.hint)
-        return certify(decision, {id(f.emit): f for f in numbers}, self.nodes, self.readings, doubles) or numbers
+        region = Region(decision, {id(f.emit): f for f in numbers}, terms)
+        refusal = certify(region, self.nodes, self.readings, doubles)
+        if refusal is None and decision.node not in self.nodes:
+            terms[decision.node] = region
+        return refusal or numbers
 
     def _report(self, after: dict[str, int], shown: Mapping[int, Picture] | None = None) -> Report:
         """The plan in the user's names."""
@@ -94,8 +114,8 @@ class Pipeline:
         names = layer_names(plan, self.nodes, self.traced.modules)
         collapses = tuple(
             Collapse(
-                next((names[id(e)] for e in d.recipe.emits if not e.is_pass), self._label(d.node)),
-                tuple(self._label(i) for i in (*d.inlined, d.node)),
+                next((names[id(e)] for e in d.recipe.emits if not e.is_pass), self._label(d.at)),
+                tuple(self._label(i) for i in d.replaced),
                 d.recipe.describe(),
                 d.seconds_before - d.seconds_after,
             )
@@ -120,6 +140,7 @@ class Pipeline:
         return refusal.code not in UNTOLD and any(n.name in self.readings.forms for n in near)
 
     def _label(self, name: str) -> str:
+        name = self.places.get(name, name)
         return label_of(self.nodes[name]) if name in self.nodes else name
 
     def _told(self, refusal: Refusal) -> Refusal:
@@ -183,10 +204,16 @@ def _fixed(graph: Graph, readings: Readings, writes: Writes) -> dict[str, tuple[
     fixed = dict.fromkeys(writes.pinned, ("mutation", "its memory is written in place"))
     for node in graph.nodes:
         sizes_read = [u for u in node.users if u.name in readings.facts.scalars and u.users]
-        unsettled = [u for u in sizes_read if not settles(u, readings)]
+        unsettled = [u for u in sizes_read if not (settles(u, readings) or _only_for_views(u, node, readings))]
         if unsettled and node.name in readings.forms:
             fixed[node.name] = ("metadata", f"{unsettled[0].name} reads its {_what(unsettled[0])}")
     return fixed
+
+
+def _only_for_views(size: Node, value: Node, readings: Readings) -> bool:
+    """Whether the size is only read by what reads the value too, and is computed without it where it is folded."""
+    forms = (readings.forms.get(u.name) for u in size.users)
+    return all(form is not None and value.name in form.sources for form in forms)
 
 
 def _what(node: Node) -> str:

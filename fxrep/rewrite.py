@@ -42,6 +42,8 @@ class Rewriter:
     ours: set[Node] = field(default_factory=set)
     droppable: list[Node] = field(default_factory=list)
     folds: dict[str, Fold] = field(default_factory=dict)
+    #: by name, the values of terms that are no nodes of the old graph
+    values: dict[str, Node] = field(default_factory=dict)
     #: the new nodes that compute sizes
     numbers: set[str] = field(default_factory=set)
 
@@ -51,6 +53,10 @@ class Rewriter:
         self.names = layer_names(self.plan, self.nodes, self.modules)
         self.new._codegen = self.old._codegen
         self.guarded = self._assumptions()
+        self.terms: dict[str, list[Decision]] = {}
+        for decision in self.plan.decisions.values():
+            if decision.node != decision.at:
+                self.terms.setdefault(decision.at, []).append(decision)
         for node in self.old.nodes:
             self._node(node)
         for node in reversed(self.droppable):
@@ -73,6 +79,8 @@ class Rewriter:
 
     def _node(self, node: Node) -> None:
         name = node.name
+        for decision in self.terms.get(name, ()):
+            self.values[decision.node] = self._decision(decision)
         if name in self.plan.removed:
             return
         if name in self.plan.decisions:
@@ -158,7 +166,8 @@ class Rewriter:
 
     def _anchor(self, folded: Folded, decision: Decision) -> Node:
         anchor = folded.emit.anchor
-        value: Node = self.env[self.nodes[anchor.source]]
+        source = anchor.source
+        value: Node = self.values[source] if source in self.values else self.env[self.nodes[source]]
         if anchor.rows is None:
             return value
         rows, axis = anchor.rows, -(decision.recipe.dims or 0) - 1
@@ -201,7 +210,7 @@ class Rewriter:
 
     def _install(self, module: nn.Module, emit: Emit, decision: Decision) -> str:
         name = self.names[id(emit)]
-        setattr(module, PROVENANCE, tuple(label_of(self.nodes[n]) for n in (*decision.inlined, decision.node)))
+        setattr(module, PROVENANCE, tuple(label_of(self.nodes[n]) for n in decision.replaced))
         self.modules[name] = module.eval()
         return name
 
@@ -252,7 +261,7 @@ def layer_names(plan: Plan, nodes: Mapping[str, Node], modules: Mapping[str, nn.
     leaves = {str(n.target) for n in nodes.values() if n.op == "call_module"}
     taken, names = set(modules), {}
     for decision in plan.decisions.values():
-        scope = _common_scope([nodes[r] for r in (*decision.inlined, decision.node)], leaves)
+        scope = _common_scope([nodes[r] for r in decision.replaced], leaves)
         stem = f"{scope}.reparam" if scope else "reparam"
         for emit in decision.recipe.emits:
             numbered = chain((stem,), (f"{stem}_{i}" for i in count(1)))

@@ -34,6 +34,8 @@ ORDER = (
     "calibration",
     "lower",
     "plan",
+    "state",
+    "search",
     "census",
     "sketch",
     "fold",

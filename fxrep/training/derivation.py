@@ -12,7 +12,7 @@ from torch.fx import GraphModule
 
 from fxrep import kernel as K
 from fxrep.api import Examples, bind_examples, check_model, finished, profile_of
-from fxrep.certify import certify
+from fxrep.certify import Region, certify
 from fxrep.copying import structural_copy
 from fxrep.errors import FxrepError, Illegal, Refusal
 from fxrep.evaluation import Doubles
@@ -99,14 +99,17 @@ def trace_as_it_trains(model: nn.Module, examples: dict[str, Any]) -> Traced | R
 
 def by_present_values(pipeline: Pipeline) -> Iterator[Refusal]:
     """The decisions that would not hold for other numbers of what trains, such as padding over a bias that is zero."""
+    terms: dict[str, Region] = {}
     for decision in pipeline.plan.decisions.values():
         doubles = _Elsewhere()
         try:
             numbers = [fold(e, doubles, pipeline.like) for e in decision.recipe.emits]
         except Illegal:
             continue  # the pipeline will say so
-        by_emit = {id(f.emit): f for f in numbers}
-        refusal = certify(decision, by_emit, pipeline.nodes, pipeline.readings, doubles)
+        region = Region(decision, {id(f.emit): f for f in numbers}, terms)
+        refusal = certify(region, pipeline.nodes, pipeline.readings, doubles)
+        if decision.node not in pipeline.nodes:
+            terms[decision.node] = region
         if refusal is not None:
             fact = f"with other numbers in what trains, {refusal.reason}"
             yield Refusal(decision.node, "holds-by-value", fact)

@@ -1,0 +1,221 @@
+"""A plan while it is made: how each value is computed now, who reads it, and what it costs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+
+from fxrep import affine
+from fxrep.affine import Equal
+from fxrep.cost import Profile
+from fxrep.errors import Refusal
+from fxrep.form import AffineForm
+from fxrep.kernel import Kernel
+from fxrep.lower import Effort, Emit, Pricer, Recipe, Sizes
+from fxrep.parts import ONE, Anchor, Gain, Part, Term, keep_apart
+from fxrep.plan import Decision, Plan, Problem
+from fxrep.shapes import Shape
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A recipe for a node with `absorbed` inlined, of which `gone` need not be computed any more."""
+
+    recipe: Recipe
+    absorbed: tuple[str, ...]
+    gone: frozenset[str]
+    seconds: float
+    equal: tuple[Equal, ...] = ()
+
+    @property
+    def steps(self) -> int:
+        return self.recipe.steps
+
+
+class State:
+    """Every value starts computed. What a decision has for a term is a value too, with a name of its own: it may be
+    folded further, or into other values, as a layer of the model may."""
+
+    def __init__(self, problem: Problem, profile: Profile) -> None:
+        self.problem = problem
+        self.pricer = Pricer(Sizes(problem.shapes, dict(problem.sizes)), profile)
+        self.order: dict[str, float] = {name: i for i, name in enumerate(problem.forms)}
+        self.shapes = dict(problem.shapes.of)
+        self.readers = {name: set(users) for name, users in problem.readers.items()}
+        self.recipes: dict[str, Recipe] = {}
+        self.seconds: dict[str, float] = {}
+        self.efforts: dict[str, Effort] = {}
+        self.inlined: dict[str, tuple[str, ...]] = {}
+        self.removed: set[str] = set()
+        #: by term: the value of the graph whose term it was
+        self.hosts: dict[str, str] = {}
+        self.original: dict[str, float] = {}
+        self.equal: dict[str, tuple[Equal, ...]] = {}
+
+    def start(self, node: str, recipe: Recipe) -> None:
+        """The value as the model computes it."""
+        self._set(node, recipe, written=False)
+        self.original[node] = self.seconds[node]
+
+    def _set(self, node: str, recipe: Recipe, written: bool = True) -> None:
+        self.recipes[node] = recipe
+        self.seconds[node] = self.cost(node, recipe)
+        self.efforts[node] = self.effort(node, recipe, written)
+
+    def cost(self, node: str, recipe: Recipe) -> float:
+        return self.pricer.seconds(recipe, self.shapes[node], self.shapes.__getitem__)
+
+    def effort(self, node: str, recipe: Recipe, written: bool = True) -> Effort:
+        return self.pricer.effort(recipe, self.shapes[node], self.shapes.__getitem__, written)
+
+    def place(self, node: str) -> int:
+        return self.problem.places[self.hosts.get(node, node)]
+
+    def sources(self, node: str) -> tuple[str, ...]:
+        return self.recipes[node].form.sources
+
+    def is_read_only_by(self, anchor: str, nodes: Iterable[str]) -> bool:
+        return anchor not in self.problem.fixed and self.readers.get(anchor, set()) <= {*nodes}
+
+    def accept(self, node: str, candidate: Candidate) -> set[str]:
+        """Takes the candidate; gives the other readers of the values that lost a reader by it."""
+        lost = {*self.sources(node), *(s for g in candidate.gone for s in self.sources(g))}
+        self._stops_reading((node, *candidate.gone))
+        self.removed |= candidate.gone
+        self._set(node, candidate.recipe)
+        self._inline(node, candidate.absorbed)
+        self.equal[node] = (*self.equal.get(node, ()), *candidate.equal)
+        for source in candidate.recipe.form.sources:
+            self.readers.setdefault(source, set()).add(node)
+        lost |= self._sweep(node, lost)
+        return {reader for source in lost for reader in self.readers[source]}
+
+    def _stops_reading(self, nodes: Iterable[str]) -> None:
+        for name in nodes:
+            for source in self.sources(name):
+                self.readers[source].discard(name)
+
+    def _inline(self, node: str, absorbed: Iterable[str]) -> None:
+        nested = (i for a in absorbed for i in (*self.inlined.get(a, ()), a))
+        self.inlined[node] = tuple(dict.fromkeys((*self.inlined.get(node, ()), *nested)))
+
+    def _sweep(self, node: str, lost: set[str]) -> set[str]:
+        """Removes what nobody reads any more, on account of `node`; gives what that was computed from."""
+        todo, found = list(lost), set[str]()
+        while todo:
+            name = todo.pop()
+            if self.readers[name] or name not in self.recipes or name in self.problem.fixed or name in self.removed:
+                continue
+            self.removed.add(name)
+            self._stops_reading([name])
+            self._inline(node, [name])
+            found |= set(self.sources(name))
+            todo += self.sources(name)
+        return found
+
+    def split(self, node: str) -> list[str]:
+        """Makes every term of a decision a value of its own; gives their names."""
+        recipe = self.recipes[node]
+        several = sum(map(len, recipe.parts)) > 1 and any(not e.is_pass for e in recipe.emits)
+        if node not in self.inlined or node in self.problem.fixed or not (several and recipe.form.aligned):
+            return []
+        made: list[str] = []
+        emits = tuple(
+            tuple(e if e.is_pass else self._term(node, e, part, made) for e in terms)
+            for part, terms in zip(recipe.form.parts, recipe.parts, strict=True)
+        )
+        parts = tuple(
+            Part(dict.fromkeys((e.anchor for e in terms), ONE), None, part.channels)
+            for part, terms in zip(recipe.form.parts, emits, strict=True)
+        )
+        self._stops_reading([node])
+        self._set(node, Recipe(replace(recipe.form, parts=parts), emits))
+        for source in self.sources(node):
+            self.readers.setdefault(source, set()).add(node)
+        return made
+
+    def _term(self, node: str, emit: Emit, part: Part, made: list[str]) -> Emit:
+        """The emit as a value of its own, and the emit that passes that value on."""
+        name = f"{node}.{len(made)}"
+        while name in self.recipes:
+            name += "'"
+        made.append(name)
+        dims = self.recipes[node].dims
+        self.hosts[name] = self.hosts.get(node, node)
+        self.order[name] = self.order[node] - 0.5 / (1 + len(made))
+        self.shapes[name] = self._shape(node, part.channels, dims)
+        self.inlined[name] = tuple(dict.fromkeys((*self.inlined[node], node)))
+        self.equal[name] = self.equal.get(node, ())
+        anchor = replace(emit.anchor, slot=0)
+        form = AffineForm((Part({anchor: _term_of(emit, part.channels, dims)}, _bias_of(emit), part.channels),), dims)
+        self._set(name, Recipe(form, ((replace(emit, anchor=anchor),),)))
+        self.readers.setdefault(anchor.source, set()).add(name)
+        return Emit(Anchor(name))
+
+    def _shape(self, node: str, channels: int | None, dims: int | None) -> Shape:
+        """That of the node, with the channels of one of its parts."""
+        shape = self.problem.shapes.full(self.shapes[node])
+        if len(self.recipes[node].parts) == 1 or channels is None or dims is None:
+            return shape
+        return Shape(shape.root, (*shape.tail[: -dims - 1], channels, *shape.tail[len(shape.tail) - dims :]))
+
+    def plan(self, refusals: Iterable[Refusal]) -> Plan:
+        """What was decided, with the terms back in the values that they are terms of."""
+        folded_back = {n for n in self.hosts if n not in self.removed and self._only_passed_to(n) is not None}
+        decided = sorted((n for n in self.inlined if n not in self.removed and n not in folded_back), key=self._order)
+        decisions = {n: self._decision(n, folded_back) for n in decided}
+        gone = frozenset(n for n in self.removed if n not in self.hosts)
+        after = sum(s for n, s in self.seconds.items() if n not in self.removed)
+        kept = tuple(r for r in refusals if r.node not in self.removed and r.node not in self.hosts)
+        return Plan(decisions, gone, kept, sum(self.original.values()), after)
+
+    def _only_passed_to(self, term: str) -> str | None:
+        """The one decision that reads the term, if it is a term of its sum as it is."""
+        (reader, *others) = self.readers[term] or {""}
+        if others or reader not in self.inlined or len(self.recipes[term].parts) > 1:
+            return None
+        emits = [e for e in self.recipes[reader].emits if e.anchor.source == term]
+        return reader if len(emits) == 1 and emits[0].is_pass and emits[0].anchor.rows is None else None
+
+    def _decision(self, node: str, folded_back: set[str]) -> Decision:
+        recipe, seconds = self._whole(node, folded_back)
+        inlined = tuple(sorted((i for i in self.inlined[node] if i not in self.hosts), key=self._order))
+        if node in self.hosts:  # what it takes is counted with what reads it
+            return Decision(node, recipe, inlined, self.hosts[node], 0.0, 0.0, self.equal[node])
+        terms = (n for n in recipe.form.sources if n in self.hosts and min(self.readers[n], key=self._order) == node)
+        seconds += sum(self.seconds[n] for n in terms)
+        before = sum(self.original[i] for i in (node, *inlined) if i in self.removed or i == node)
+        return Decision(node, recipe, inlined, node, before, seconds, self.equal.get(node, ()))
+
+    def _order(self, node: str) -> float:
+        return self.order[node]
+
+    def _whole(self, node: str, folded_back: set[str]) -> tuple[Recipe, float]:
+        """The recipe with the terms that are read by nobody else in it again, and what it takes."""
+        form, seconds = self.recipes[node].form, self.seconds[node]
+        parts: list[tuple[Emit, ...]] = []
+        for part in self.recipes[node].parts:
+            emits: list[Emit] = []
+            for emit in part:
+                if emit.anchor.source in folded_back:
+                    inner, taken = self._whole(emit.anchor.source, folded_back)
+                    form, seconds = form.substitute(emit.anchor.source, inner.form, keep_apart), seconds + taken
+                    emits += inner.parts[0]
+                else:
+                    emits.append(emit)
+            parts.append(tuple(emits))
+        return Recipe(form, tuple(parts)), seconds
+
+
+def _term_of(emit: Emit, channels: int | None, dims: int | None) -> Term:
+    if emit.operator is not None:
+        return emit.operator.without_bias()
+    if emit.gain is None:
+        return ONE
+    if not emit.gain.shape or channels is None:
+        return Gain(emit.gain)
+    return affine.diagonal(emit.gain, channels, dims or 0)
+
+
+def _bias_of(emit: Emit) -> Kernel | None:
+    return emit.bias if emit.operator is None else emit.operator.bias
