@@ -57,17 +57,21 @@ SUMS = [
     Case("three biased", branches(conv(3), conv(3), conv(3)), "c1 a0"),
     Case("unpadded", branches(valid(3), valid(3)), "c1 a0"),
     Case("asymmetric shapes", branches(conv((1, 3), padding=(0, 1)), conv((3, 1), padding=(1, 0)), conv(3)), "c1 a0"),
-    Case("1x3 and 3x1", branches(conv((1, 3), padding=(0, 1)), conv((3, 1), padding=(1, 0))), "c1 a0"),
+    Case("1x3 and 3x1", branches(conv((1, 3), padding=(0, 1)), conv((3, 1), padding=(1, 0))), "c2"),
+    Case("3x5 and 5x3", branches(conv((3, 5), padding=(1, 2)), conv((5, 3), padding=(2, 1))), "c1 a0"),
     Case("even same", branches(conv(2, padding="same"), conv(4, padding="same"), identity=True), "c1 a0"),
     Case("even same and odd", branches(conv(4, padding="same"), conv(3), conv(1)), "c1 a0"),
-    Case("same dilated", branches(conv(2, padding="same", dilation=3), conv(3, padding="same", dilation=2)), "c1 a0"),
+    Case("same dilated", branches(conv(2, padding="same", dilation=3), conv(3, padding="same", dilation=2)), "c2"),
+    Case("same in a same", branches(conv(2, padding="same", dilation=3), conv(4, padding="same")), "c1 a0"),
     Case("valid", branches(conv(3, padding="valid"), valid(3)), "c1 a0"),
-    Case("dilations 1 2", branches(conv(3), dilated(3, 2)), "c1 a0"),
-    Case("dilations 2 3", branches(dilated(3, 2), dilated(3, 3)), "c1 a0", bare=False),
+    Case("dilations 1 2", branches(conv(3), dilated(3, 2)), "c2"),
+    Case("dilations 1 2 beside 5", branches(conv(3), dilated(3, 2), conv(5)), "c1 a0"),
+    Case("dilations 2 3", branches(dilated(3, 2), dilated(3, 3), conv(7)), "c1 a0", bare=False),
     Case("dilations 2 4", branches(dilated(5, 2), dilated(3, 4), identity=True), "c1 a0"),
     Case("dilated depthwise", branches(conv(7, groups=4), dilated(3, 3, groups=4), dilated(5, 1, groups=4)), "c1 a0"),
     Case("groups 1 2 4", branches(conv(3), conv(3, groups=2), conv(3, groups=4)), "c1 a0"),
-    Case("groups 4 6", branches(conv(3, 12, 12, groups=4), conv(3, 12, 12, groups=6)), "c1 a0", image(12)),
+    Case("groups 4 6", branches(conv(3, 12, 12, groups=4), conv(3, 12, 12, groups=6)), "c2", image(12)),
+    Case("groups 4 6 2", branches(*(conv(3, 12, 12, groups=g) for g in (4, 6, 2))), "c1 a0", image(12)),
     Case("strided", branches(conv(3, stride=2), conv(1, stride=2), conv(5, stride=2)), "c1 a0"),
     Case("strides (1, 2)", branches(conv(3, stride=(1, 2)), conv(1, stride=(1, 2))), "c1 a0"),
     Case("widening", branches(conv(3, out=7), conv(1, out=7)), "c1 a0"),
@@ -85,8 +89,9 @@ SEQUENCES = [
     Case("strided 1x1 to 3x3", sequence(conv(1, stride=2, bias=False), conv(3)), "c1"),
     Case("3x3 to strided 1x1", sequence(conv(3), conv(1, stride=2)), "c1"),
     Case("1x1 to 3x3 to 1x1", sequence(conv(1), valid(3), conv(1)), "c1"),
-    Case("depthwise to 1x1 to depthwise", sequence(conv(3, groups=4), conv(1, groups=2), conv(1, groups=4)), "c1"),
-    Case("1x3 to 3x1 unpadded", sequence(conv((1, 3)), conv((3, 1))), "c1"),
+    Case("depthwise to 1x1 to depthwise", sequence(conv(3, groups=4), conv(1, groups=2), conv(1, groups=4)), "c2"),
+    Case("1x3 to 3x1 unpadded", sequence(conv((1, 3)), conv((3, 1))), "c2"),
+    Case("wide 1x3 to 3x1", sequence(conv((1, 3), out=8), conv((3, 1), 8)), "c1"),
     Case("1x3 to padded 3x1", sequence(conv((1, 3), padding=(0, 1), bias=False), conv((3, 1), padding=(1, 0))), ""),
     Case("3x3 to 3x3 strided", sequence(conv(3, stride=2), valid(3, dilation=2)), ""),
     Case("3x3 to padded 3x3", sequence(conv(3), conv(3)), "c2"),
@@ -182,7 +187,7 @@ def functional(dims: int) -> nn.Module:
 
     k = (3,) * dims
     return Net(
-        body, w=weight(4, 4, *(2,) * dims), grouped=weight(4, 2, *k), point=weight(4, 4, *(1,) * dims), b=weight(4)
+        body, w=weight(4, 4, *(5,) * dims), grouped=weight(4, 2, *k), point=weight(4, 4, *(1,) * dims), b=weight(4)
     )
 
 
@@ -253,7 +258,7 @@ LINEARS = [
         w=weight(4, 4), b=weight(4), eye=torch.eye(4),
     ), "l1 a0", tokens()),
     Case("linear between activations", sequence(linear(), nn.GELU(), linear(), linear()), "l2", tokens()),
-    Case("linear on a 4-d value", sequence(linear(13, 5), linear(5, 13)), "l1", ((1, 4, 9, 13), (3, 4, 11, 13))),
+    Case("linear on a 4-d value", sequence(linear(13, 15), linear(15, 13)), "l1", ((1, 4, 9, 13), (3, 4, 11, 13))),
 ]  # fmt: skip
 
 

@@ -25,6 +25,14 @@ def functional(dims: int) -> nn.Module:
     return Net(body, point=conv(1, dims=dims, bias=False), conv=conv(3, dims=dims))
 
 
+def pooled_beside(dims: int) -> nn.Module:
+    """As in DBB: a 1×1 and an average of its result, beside a convolution that reads as many taps."""
+    return Net(
+        lambda m, x: m.pool(m.point(x)) + m.conv(x), point=conv(1, dims=dims), pool=POOLS[dims](2),
+        conv=conv(2, dims=dims, stride=2, padding=0),
+    )  # fmt: skip
+
+
 def per_dims(name: str, build: Any, left: str) -> list[Case]:
     return [Case(f"{name} {d}d", lambda d=d: build(d), left, image(dims=d), bare=False) for d in POOLS]
 
@@ -32,17 +40,20 @@ def per_dims(name: str, build: Any, left: str) -> list[Case]:
 CASES = [
     *per_dims("pool and conv", lambda d: branches(POOLS[d](3, 1, 1), conv(3, dims=d))(), "c1 a0 p0"),
     *per_dims("functional", functional, "c1 a0 p0"),
-    *per_dims("conv to pool", lambda d: nn.Sequential(conv(1, dims=d), POOLS[d](2)), "c1 p0"),
+    *per_dims("conv to pool", lambda d: nn.Sequential(conv(1, dims=d), POOLS[d](2)), "c1 p1"),
+    *per_dims("conv to pool beside", lambda d: pooled_beside(d), "c1 a0 p0"),
     Case("DBB's average branch", lambda: Net(
         lambda m, x: m.bn1(m.pool(m.bn0(m.conv1(x)))) + m.bn2(m.conv3(x)),
         conv1=conv(1, bias=False), bn0=bn(), pool=nn.AvgPool2d(3, 1), bn1=bn(), conv3=conv(3, padding=0), bn2=bn(),
     ), "c1 b0 a0 p0", bare=False),
-    Case("pool to 1x1", sequence(nn.AvgPool2d(2), conv(1)), "c1 p0", bare=False),
-    Case("pool to bn", sequence(nn.AvgPool2d(3, 2, 1), bn()), "b0 p0 c1"),
-    Case("pool of two axes", sequence(conv(1), nn.AvgPool2d((2, 3), (1, 2)), bn()), "c1 b0 p0", bare=False),
+    Case("pool to 1x1", sequence(nn.AvgPool2d(2), conv(1)), "c1 p1", bare=False),
+    Case("pool to bn", sequence(nn.AvgPool2d(3, 2, 1), bn()), "b1 p1 c0"),
+    Case("pool of two axes", branches(
+        nn.AvgPool2d((2, 3), (1, 2)), conv((2, 3), stride=(1, 2), padding=0)
+    ), "c1 a0 p0", bare=False),
     Case("pool less identity", lambda: Net(
         lambda m, x: m.pool(y := m.conv(x).relu()) - y, conv=conv(), pool=nn.AvgPool2d(3, 1, 1)
-    ), "c2 a0 p0", bare=False),
+    ), "c1 a1 p1", bare=False),
     Case("divisor", lambda: Net(
         lambda m, x: m.conv(x) + F.avg_pool2d(x, 3, 1, 1, divisor_override=5) + m.pool(x),
         conv=conv(), pool=nn.AvgPool2d(3, 1, 1, divisor_override=2),

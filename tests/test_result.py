@@ -237,8 +237,8 @@ def test_the_report_names_the_new_layers():
 
 
 def test_a_region_over_two_blocks_is_named_by_the_module_around_both():
-    blocks = nn.Sequential(conv_bn(3), nn.Sequential(nn.Conv2d(4, 5, 1, bias=False)), nn.ReLU()).double()
-    outer = nn.Sequential(nn.ReLU(), blocks, nn.Conv2d(5, 2, 1).double())
+    blocks = nn.Sequential(conv_bn(3), nn.Sequential(nn.Conv2d(4, 4, 1, bias=False)), nn.ReLU()).double()
+    outer = nn.Sequential(nn.ReLU(), blocks, nn.Conv2d(4, 2, 1).double())
     result = fxrep.reparameterize(outer)
     assert set(provenance_of(result)) == {"1.reparam"}
     assert relative_error(result(X), outer.eval()(X)) < 1e-12
