@@ -50,6 +50,14 @@ def _is_float(recipe: Recipe) -> bool:
     return recipe.convolutions > 0 or not scales or any(True for e in scales for _ in K.leaves(e.gain, e.bias))
 
 
+def _is_no_more(one: Term, a: Term, b: Term) -> bool:
+    return weights_of(one) <= weights_of(a) + weights_of(b)
+
+
+def _count_terms(form: AffineForm) -> int:
+    return sum(len(part.terms) for part in form.parts)
+
+
 class _Search:
     """Tries candidates for a value, and notes why what was in sight was not taken."""
 
@@ -147,7 +155,7 @@ class _Search:
             elif saved < 0:
                 self._decline(node, candidate, -saved)
         if best is not None:
-            for code in ("costs-more", "layout"):
+            for code in ("costs-more", "layout", "non-finite"):
                 self.refusals.pop((node, code), None)
         return best
 
@@ -185,6 +193,8 @@ class _Search:
                 self._refuse(node, larger.code, f"{larger.reason} ({anchor} stays apart)", larger.hint)
                 blocked.add(anchor)
                 continue
+            if self.strict:
+                self._note_zeros(node, form, anchor, larger)
             form = larger
             absorbed.append(anchor)
             equal += [*noted, *state.equal.get(anchor, ())]
@@ -230,7 +240,14 @@ class _Search:
         """Whether one operator has no more weights than two, and, if `strict`, no zeros."""
         if self.strict and isinstance(one, AffineConv) and has_zeros(one.weight):
             return False
-        return weights_of(one) <= weights_of(a) + weights_of(b)
+        return _is_no_more(one, a, b)
+
+    def _note_zeros(self, node: str, form: AffineForm, anchor: str, apart: AffineForm) -> None:
+        """A refusal where terms stay apart for the zeros alone that one operator would have."""
+        one = form.substitute(anchor, self.state.recipes[anchor].form, merge_where(_is_no_more))
+        if _count_terms(one) < _count_terms(apart):
+            fact = f"one operator with {anchor} would have zeros where the branches do not read"
+            self._refuse(node, "non-finite", f"{fact}: with them inf becomes nan")
 
     def _may_absorb(self, anchor: str, node: str, gone: set[str]) -> bool:
         if anchor not in self.state.recipes or anchor in self.state.removed:

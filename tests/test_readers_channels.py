@@ -20,7 +20,8 @@ def wide(taps: int = 3, **options: Any) -> nn.Module:
 
 def parts() -> dict[str, Any]:
     return {
-        "wide": wide(), "a": conv(), "b": conv(1), "c": conv(), "bn": bn(), "bn8": bn(8), "point": conv(1, 8, 4), "relu": nn.ReLU(),
+        "wide": wide(), "a": conv(), "b": conv(1), "c": conv(), "bn": bn(), "bn8": bn(8), "point": conv(1, 8, 4),
+        "relu": nn.ReLU(),
         "order": torch.tensor([2, 0, 3, 1]), "shuffle": nn.ChannelShuffle(2), "twice": torch.tensor([1, 1, 0, 3, 2]),
     }  # fmt: skip
 
