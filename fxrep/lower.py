@@ -229,6 +229,11 @@ class Effort(NamedTuple):
     macs: float
     weights: float
 
+    def __str__(self) -> str:
+        """Like `2 layers, 1 additions, 7225344 multiply-adds, 2304 weights`."""
+        names = "layers", "additions", "multiply-adds", "weights"
+        return ", ".join(f"{value:.0f} {name}" for value, name in zip(self, names, strict=True))
+
     def exceeds(self, other: Effort) -> bool:
         return any(a > b * (1 + ROUNDING) for a, b in zip(self, other, strict=True))
 

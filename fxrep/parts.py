@@ -80,7 +80,7 @@ def merge_where(accepted: Callable[[Term, Term, Term], bool]) -> Join:
         while todo:
             new = todo.pop()
             for i, old in enumerate(apart):
-                both = _merged_terms(old, new)
+                both = _merged_if_legal(old, new)
                 if both is not None and accepted(both[1], old[1], new[1]):
                     del apart[i]
                     todo.append(both)
@@ -100,23 +100,33 @@ def keep_apart(terms: dict[Anchor, Term], anchor: Anchor, term: Term) -> None:
     terms[anchor] = term
 
 
-def _merged_terms(a: tuple[Anchor, Term], b: tuple[Anchor, Term]) -> tuple[Anchor, Term] | None:
-    """Two terms on one source as one operator on all the channels that they read, or None where they are none."""
-    (p, s), (q, t) = a, b
+Bound = tuple[Anchor, Term]  # a term, and what it is a term on
+
+
+def _merged_if_legal(a: Bound, b: Bound) -> Bound | None:
     try:
-        if p.rows == q.rows:
-            return replace(p, slot=0), _add_terms(s, t)
-        operators = [x for x in (s, t) if isinstance(x, AffineConv)]
-        if not operators:
-            return None
-        one = operators[0]
-        pair = [(r, _as_operator(x, one.out_channels, one.dims)) for r, x in ((p.rows, s), (q.rows, t))]
-        whole = next((x.in_channels for rows, x in pair if rows is None), None)
-        rows = tuple(sorted({c for r, _ in pair if r is not None for c in r})) if whole is None else tuple(range(whole))
-        wide = [x if r is None else x.widened(tuple(rows.index(c) for c in r), len(rows)) for r, x in pair]
-        return Anchor(p.source, None if whole is not None else rows), affine.add(*wide)
+        return merged_terms(a, b)
     except Illegal:
         return None
+
+
+def merged_terms(a: Bound, b: Bound) -> Bound:
+    """Two terms on one source as one operator on all the channels that they read.
+
+    Raises Illegal where they are none.
+    """
+    (p, s), (q, t) = a, b
+    if p.rows == q.rows:
+        return replace(p, slot=0), _add_terms(s, t)
+    operators = [x for x in (s, t) if isinstance(x, AffineConv)]
+    if not operators:
+        raise Illegal("broadcast", "the same numbers are read in another order, and in none does an operator read them")
+    one = operators[0]
+    pair = [(r, _as_operator(x, one.out_channels, one.dims)) for r, x in ((p.rows, s), (q.rows, t))]
+    whole = next((x.in_channels for rows, x in pair if rows is None), None)
+    rows = tuple(sorted({c for r, _ in pair if r is not None for c in r})) if whole is None else tuple(range(whole))
+    wide = [x if r is None else x.widened(tuple(rows.index(c) for c in r), len(rows)) for r, x in pair]
+    return Anchor(p.source, None if whole is not None else rows), affine.add(*wide)
 
 
 def weights_of(term: Term) -> int:

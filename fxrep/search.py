@@ -5,6 +5,8 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Collection, Iterable
+from dataclasses import replace
+from itertools import combinations
 from math import inf
 
 from fxrep import kernel as K
@@ -14,7 +16,7 @@ from fxrep.errors import Illegal, Refusal
 from fxrep.evaluation import has_zeros
 from fxrep.form import AffineForm
 from fxrep.lower import Recipe, lower, total
-from fxrep.parts import Term, merge_where, weights_of
+from fxrep.parts import Term, merge_where, merged_terms, weights_of
 from fxrep.plan import Plan, Problem
 from fxrep.state import Candidate, State
 
@@ -50,12 +52,13 @@ def _is_float(recipe: Recipe) -> bool:
     return recipe.convolutions > 0 or not scales or any(True for e in scales for _ in K.leaves(e.gain, e.bias))
 
 
-def _is_no_more(one: Term, a: Term, b: Term) -> bool:
-    return weights_of(one) <= weights_of(a) + weights_of(b)
-
-
-def _count_terms(form: AffineForm) -> int:
-    return sum(len(part.terms) for part in form.parts)
+def _why_apart(one: Term, a: Term, b: Term) -> tuple[str, str]:
+    """The code and the reason why two terms on one value are not one operator, although that is legal."""
+    wide, narrow = weights_of(one), weights_of(a) + weights_of(b)
+    if wide > narrow:
+        return "costs-more", f"as one operator two terms of it would have {wide} weights, apart they have {narrow}"
+    fact = "one operator would have zeros where its terms do not read"
+    return "non-finite", f"{fact}: with them inf becomes nan"
 
 
 class _Search:
@@ -146,7 +149,7 @@ class _Search:
         for candidate in self._candidates(node):
             saved = seconds + sum(state.seconds[g] for g in candidate.gone) - candidate.seconds
             fewer = steps + sum(state.recipes[g].steps for g in candidate.gone) - candidate.steps
-            if fewer <= 0 or self._grows(node, candidate) or not _is_float(candidate.recipe):
+            if fewer <= 0 or not _is_float(candidate.recipe) or self._grows(node, candidate):
                 continue
             if abs(saved) <= TOLERANCE * max(seconds, candidate.seconds):
                 saved = 0.0  # a tie goes to fewer operators
@@ -161,8 +164,12 @@ class _Search:
 
     def _grows(self, node: str, candidate: Candidate) -> bool:
         """Whether there would be more layers, additions, multiply-adds or weights than in what is replaced."""
-        replaced = total(self.state.efforts[n] for n in (node, *candidate.gone))
-        return self.state.effort(node, candidate.recipe).exceeds(replaced)
+        apart = total(self.state.efforts[n] for n in (node, *candidate.gone))
+        whole = self.state.effort(node, candidate.recipe)
+        if not whole.exceeds(apart):
+            return False
+        self._refuse(node, "costs-more", f"as one {candidate.recipe.describe()} it would need {whole}, apart {apart}")
+        return True
 
     def _candidates(self, node: str) -> Iterable[Candidate]:
         anchors = [s for s in self.state.sources(node) if s in self.state.recipes]
@@ -193,11 +200,10 @@ class _Search:
                 self._refuse(node, larger.code, f"{larger.reason} ({anchor} stays apart)", larger.hint)
                 blocked.add(anchor)
                 continue
-            if self.strict:
-                self._note_zeros(node, form, anchor, larger)
             form = larger
             absorbed.append(anchor)
             equal += [*noted, *state.equal.get(anchor, ())]
+            self._note_apart(node, form)
             frontier |= set(inner.sources)
             gone |= {anchor} if state.is_read_only_by(anchor, {node, *gone}) else set()
             recipe, seconds, noted = self._priced(node, form)
@@ -240,14 +246,20 @@ class _Search:
         """Whether one operator has no more weights than two, and, if `strict`, no zeros."""
         if self.strict and isinstance(one, AffineConv) and has_zeros(one.weight):
             return False
-        return _is_no_more(one, a, b)
+        return weights_of(one) <= weights_of(a) + weights_of(b)
 
-    def _note_zeros(self, node: str, form: AffineForm, anchor: str, apart: AffineForm) -> None:
-        """A refusal where terms stay apart for the zeros alone that one operator would have."""
-        one = form.substitute(anchor, self.state.recipes[anchor].form, merge_where(_is_no_more))
-        if _count_terms(one) < _count_terms(apart):
-            fact = f"one operator with {anchor} would have zeros where the branches do not read"
-            self._refuse(node, "non-finite", f"{fact}: with them inf becomes nan")
+    def _note_apart(self, node: str, form: AffineForm) -> None:
+        """A refusal for each pair of terms on one value that are not one operator."""
+        for part in form.parts:
+            for (a, s), (b, t) in combinations(part.terms.items(), 2):
+                if a != replace(b, slot=a.slot):
+                    continue
+                try:
+                    one = merged_terms((a, s), (b, t))[1]
+                except Illegal as illegal:
+                    self._refuse(node, illegal.code, illegal.reason, illegal.hint)
+                    continue
+                self._refuse(node, *_why_apart(one, s, t))
 
     def _may_absorb(self, anchor: str, node: str, gone: set[str]) -> bool:
         if anchor not in self.state.recipes or anchor in self.state.removed:

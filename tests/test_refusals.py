@@ -189,9 +189,10 @@ def on_two_devices(m: Any) -> nn.Module:
     return m
 
 
-def less_its_average(m: Any, x: Tensor) -> Tensor:
-    h = m.conv(x).relu()
-    return m.head((F.avg_pool2d(h, 3, 1, 1) - h).mean((2, 3)).float())
+def of_another_scale(m: Any, x: Tensor) -> Tensor:
+    """Two scales of plain numbers: their product, 1e-48, is zero in float32."""
+    h = torch.exp(m.conv(x).tanh() + 110)
+    return m.head((m.other(x) + 1e-24 * (1e-24 * h)).tanh().mean((2, 3)).float())
 
 
 def with_half_a_head(m: Any) -> nn.Module:
@@ -199,11 +200,10 @@ def with_half_a_head(m: Any) -> nn.Module:
     return m
 
 
-def float32_box(m: Any) -> Function:
-    """An average pool less its input as a depthwise kernel, of the dtype that torch gives it."""
-    box = torch.full((4, 1, 3, 3), 1 / 9)
-    box[:, :, 1, 1] -= 1
-    return lambda x: F.conv2d(m.conv(x).relu(), box, padding=1, groups=4)
+def float32_scale(m: Any) -> Function:
+    """The product of the scales as a tensor of the dtype that torch gives it."""
+    scale = torch.tensor(1e-48, dtype=torch.float32)
+    return lambda x: m.head((m.other(x) + scale * torch.exp(m.conv(x).tanh() + 110)).tanh().mean((2, 3)).float())
 
 
 def tokens() -> Tensor:
@@ -254,7 +254,7 @@ WITNESSES: dict[str, Witness] = {
         why="cannot run", moved=on_two_devices,
     ),
     "dtype-unknown": Witness(
-        lambda: Net(less_its_average, conv=conv(), head=nn.Linear(4, 4)), float32_box, why="cannot run",
+        lambda: Net(of_another_scale, conv=conv(), other=conv(), head=nn.Linear(4, 4)), float32_scale,
         moved=with_half_a_head,
     ),
     "dynamic-padding": Witness(
@@ -279,10 +279,10 @@ WITNESSES: dict[str, Witness] = {
         lambda m: lambda x: added(m)(F.adaptive_avg_pool2d(x, (4, 4))),
     ),
     "non-finite": Witness(
-        lambda: Net(lambda m, x: m.a(x) + m.b(x), a=nn.Conv2d(4, 4, (3, 1), padding=(1, 0)),
-                    b=nn.Conv2d(4, 4, (1, 3), padding=(0, 1))),
+        lambda: Net(lambda m, x: m.a(x) + m.b(x), a=nn.Conv2d(4, 4, (5, 3), padding=(2, 1)),
+                    b=nn.Conv2d(4, 4, (3, 5), padding=(1, 2))),
         lambda m: lambda x: F.conv2d(
-            x, F.pad(m.a.weight, (1, 1)) + F.pad(m.b.weight, (0, 0, 1, 1)), m.a.bias + m.b.bias, padding=1
+            x, F.pad(m.a.weight, (1, 1)) + F.pad(m.b.weight, (0, 0, 1, 1)), m.a.bias + m.b.bias, padding=2
         ),
         lambda: one_infinity(), options={"strict": True},
     ),
