@@ -7,7 +7,7 @@ from collections import deque
 from collections.abc import Collection, Iterable
 from dataclasses import replace
 from itertools import combinations
-from math import inf
+from math import fsum, inf
 
 from fxrep import kernel as K
 from fxrep.affine import AffineConv, Equal, noting
@@ -41,8 +41,9 @@ def make_plan(problem: Problem, profile: Profile, strict: bool = False) -> Plan:
         queue = deque(todo)
         while queue:
             node = queue.popleft()
-            queue.extend(search.improve(node))
-        todo = dict.fromkeys(n for node in tuple(search.state.recipes) for n in search.spread(node))
+            queue.extend(search.in_order(search.improve(node)))
+        found = (n for node in tuple(search.state.recipes) for n in search.in_order(search.spread(node)))
+        todo = dict.fromkeys(found)
     return search.state.plan(search.refusals.values())
 
 
@@ -74,6 +75,10 @@ class _Search:
         for name, form in problem.forms.items():
             self.state.start(name, self._lower(name, form))
 
+    def in_order(self, nodes: set[str]) -> list[str]:
+        """In graph order, so that a plan is the same in every process."""
+        return sorted(nodes, key=lambda n: (self.state.order[n], n))
+
     def improve(self, node: str) -> set[str]:
         """Inlines into `node` what pays, until nothing does; gives the values to look at again."""
         if node in self.problem.fixed or node in self.state.removed:
@@ -103,7 +108,7 @@ class _Search:
                 return set()
             chosen[reader] = min(options, key=lambda c: (c.seconds, c.steps))
         replaced = {node, *readers, *(g for c in chosen.values() for g in c.gone)}
-        saved = sum(state.seconds[r] for r in replaced) - sum(c.seconds for c in chosen.values())
+        saved = fsum((*(state.seconds[r] for r in replaced), *(-c.seconds for c in chosen.values())))
         fewer = sum(state.recipes[r].steps for r in replaced) - sum(c.steps for c in chosen.values())
         effort = total(state.effort(r, c.recipe) for r, c in chosen.items())
         if fewer <= 0 or saved < 0 or effort.exceeds(total(state.efforts[r] for r in replaced)):
@@ -147,7 +152,7 @@ class _Search:
         seconds, steps = state.seconds[node], state.recipes[node].steps
         best, margin = None, (0.0, 0)
         for candidate in self._candidates(node):
-            saved = seconds + sum(state.seconds[g] for g in candidate.gone) - candidate.seconds
+            saved = fsum((seconds, *(state.seconds[g] for g in candidate.gone), -candidate.seconds))
             fewer = steps + sum(state.recipes[g].steps for g in candidate.gone) - candidate.steps
             if fewer <= 0 or not _is_float(candidate.recipe) or self._grows(node, candidate):
                 continue
@@ -160,6 +165,7 @@ class _Search:
         if best is not None:
             for code in ("costs-more", "layout", "non-finite"):
                 self.refusals.pop((node, code), None)
+            self._note_apart(node, best.recipe.form)
         return best
 
     def _grows(self, node: str, candidate: Candidate) -> bool:
