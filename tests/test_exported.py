@@ -55,7 +55,12 @@ NETWORKS: dict[str, tuple[Callable[[], nn.Module], tuple[int, int, int]]] = {
     "pads": (lambda: Net(padded, valid=conv(padding=0), point=conv(1)), (3, 0, 0)),
     "channels": (lambda: Net(channels, wide=conv(out=8), three=conv(1, 3, 3), mixed=conv(1, 7)), (1, 0, 0)),
     "norm and identity": (lambda: Net(lambda m, x: m.bn(y := x.relu()) + y, bn=bn()), (0, 0, 0)),
-    "averages": (lambda: nn.Sequential(conv(), nn.AvgPool2d(2), bn(), nn.ReLU(inplace=True)), (1, 0, 0)),
+    # as one layer they would have 16 taps in place of 9
+    "averages": (lambda: nn.Sequential(conv(), nn.AvgPool2d(2), bn(), nn.ReLU(inplace=True)), (1, 0, 1)),
+    "averages beside": (lambda: Net(
+        lambda m, x: m.bn(m.pool(m.point(x)) + m.conv(x)), point=conv(1), pool=nn.AvgPool2d(2),
+        conv=conv(2, padding=0, stride=2), bn=bn(),
+    ), (1, 0, 0)),
     "linear": (lambda: Net(tokens, first=linear(), second=linear(), norm=bn(dims=1)), (0, 2, 0)),
 }  # fmt: skip
 
