@@ -176,7 +176,8 @@ def value_of(
     """What the recipe gives on numbers, in float64."""
     dims, parts = recipe.dims or 0, []
     for part in recipe.parts:
-        terms = [_run_emit(_whole(folded[id(e)], doubles), values(e.anchor), dims) for e in part]
+        whole = ((e, _whole(folded[id(e)], doubles)) for e in part)
+        terms = [run_emit(e, *f.proof, f.fill, values(e.anchor), dims) for e, f in whole]
         parts.append(sum(terms[1:], terms[0]))
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-dims - 1)
 

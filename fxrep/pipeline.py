@@ -87,7 +87,9 @@ class Pipeline:
         found: set[str] = set()
         todo = [self.nodes[name]] if name in self.nodes else []
         while todo:
-            missing = {n for n in todo.pop().all_input_nodes if n.name in self.plan.removed} - {self.nodes[f] for f in found}
+            missing = {n for n in todo.pop().all_input_nodes if n.name in self.plan.removed} - {
+                self.nodes[f] for f in found
+            }
             found |= {n.name for n in missing}
             todo += missing
         return found

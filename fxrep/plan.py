@@ -27,7 +27,7 @@ class Problem:
     sizes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
 
 
-#: raises Illegal for a recipe that may not be taken
+#: Raises Illegal for a recipe that may not be taken.
 Legal = Callable[[Recipe], None]
 
 

@@ -17,7 +17,7 @@ from fxrep.evaluation import has_zeros
 from fxrep.form import AffineForm
 from fxrep.lower import Recipe, lower, total
 from fxrep.parts import Term, merge_where, merged_terms, weights_of
-from fxrep.plan import Plan, Problem
+from fxrep.plan import Legal, Plan, Problem
 from fxrep.state import Candidate, State
 
 TOLERANCE = 1e-9  # relative; below it two costs are a tie
@@ -29,13 +29,14 @@ MOST_DETOURS = 4  # around values of a cone that no operator computes
 Substitution = tuple[AffineForm | Illegal, list[Equal]]
 
 
-def make_plan(problem: Problem, profile: Profile, strict: bool = False) -> Plan:
+def make_plan(problem: Problem, profile: Profile, strict: bool = False, legal: Legal = lambda _: None) -> Plan:
     """Greedy in graph order: for each affine value its cone of values that nobody else reads, the best prefix of it;
     then for each scale all of its readers at once; and again, until nothing is found.
 
-    `strict` allows no kernel with zeros that the model does not multiply by: 0·∞ is not a number.
+    `strict` allows no kernel with zeros that the model does not multiply by: 0·∞ is not a number. `legal` raises
+    Illegal for a recipe that may not be taken for some other reason.
     """
-    search = _Search(problem, profile, strict)
+    search = _Search(problem, profile, strict, legal)
     todo = dict.fromkeys(name for name in problem.forms if problem.readers[name])
     while todo:
         queue = deque(todo)
@@ -65,8 +66,8 @@ def _why_apart(one: Term, a: Term, b: Term) -> tuple[str, str]:
 class _Search:
     """Tries candidates for a value, and notes why what was in sight was not taken."""
 
-    def __init__(self, problem: Problem, profile: Profile, strict: bool) -> None:
-        self.problem, self.strict = problem, strict
+    def __init__(self, problem: Problem, profile: Profile, strict: bool, legal: Legal) -> None:
+        self.problem, self.strict, self.legal = problem, strict, legal
         self.join = merge_where(self._is_free)
         self.refusals: dict[tuple[str, str], Refusal] = {}
         self.known: dict[tuple[int, str, int], tuple[AffineForm, AffineForm, Substitution]] = {}
@@ -318,6 +319,8 @@ class _Search:
         if strict and recipe.has_zeros:
             fact = f"{recipe.describe()} would have zeros where the branches do not read: with them inf becomes nan"
             raise Illegal("non-finite", fact)
+        if check:
+            self.legal(recipe)
         return recipe
 
     def _stacks(self, node: str, apart: Recipe, stacked: Recipe, strict: bool) -> bool:
