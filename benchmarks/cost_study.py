@@ -26,7 +26,7 @@ from torch import fx, nn
 from fxrep.calibration import describe, measure
 from fxrep.cli import load
 from fxrep.copying import structural_copy
-from fxrep.cost import PROFILES, Profile, duration
+from fxrep.cost import PROFILES, Aim, Profile, duration
 from fxrep.pipeline import Pipeline
 from fxrep.rewrite import layer_names
 from fxrep.trace import Traced, trace
@@ -74,7 +74,7 @@ def study(name: str, profile: Profile, rounds: int) -> list[Decided]:
     x = torch.randn(1, 3, 224, 224, generator=torch.Generator().manual_seed(0))
     traced = trace(structural_copy(model), {"x": x})
     assert isinstance(traced, Traced), traced
-    pipeline = Pipeline(name, traced, {next(n.name for n in traced.graph.nodes): x}, profile, strict=False)
+    pipeline = Pipeline(name, traced, {next(n.name for n in traced.graph.nodes): x}, Aim(profile), strict=False)
     original, collapsed = Timed(_module(pipeline)), Timed(pipeline.rewrite()[0].eval())
     for turn in range(rounds):
         for each in (original, collapsed) if turn % 2 == 0 else (collapsed, original):
@@ -99,9 +99,9 @@ def _decided(name: str, pipeline: Pipeline, original: Timed, collapsed: Timed) -
     by_layer = {str(n.target): n.name for n in collapsed.module.graph.nodes if n.op == "call_module"}
     for decision in plan.decisions.values():
         node = by_layer.get(layers[id(next(decision.recipe.emits))])
-        if node is None or decision.recipe.steps != 1:
+        if node is None or decision.recipe.steps != 1 or decision.node != decision.at:
             continue
-        gone = [n for n in (*decision.inlined, decision.node) if n in plan.removed or n == decision.node]
+        gone = [n for n in decision.replaced if n in plan.removed or n == decision.at]
         before = sum(median(original.taken[n][WARMING:]) for n in gone)
         convolutions = sum(_is_layer(pipeline, n) for n in gone)
         what = f"{convolutions} layers, {len(gone) - convolutions} other ops -> {decision.recipe.describe()}"

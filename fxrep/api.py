@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, overload
 
+import torch
 from torch import Tensor, nn
 from torch.export import ExportedProgram
 from torch.fx import GraphModule
@@ -16,7 +17,7 @@ from torch.nn.parameter import UninitializedParameter
 
 from fxrep import exported
 from fxrep.copying import structural_copy
-from fxrep.cost import Profile, profile_for
+from fxrep.cost import Aim, Profile, profile_for
 from fxrep.errors import FxrepError
 from fxrep.islands import Begin, Islands
 from fxrep.ownership import carry_attributes, own_tensors
@@ -24,6 +25,7 @@ from fxrep.pipeline import Pipeline
 from fxrep.refolding import Architecture, make_fold_plan
 from fxrep.report import Report
 from fxrep.trace import Traced
+from fxrep.trials import Trials
 from fxrep.wrappers import unwrapped
 
 Examples = Tensor | tuple[Any, ...] | list[Any] | Mapping[str, Any] | None
@@ -32,12 +34,13 @@ Examples = Tensor | tuple[Any, ...] | list[Any] | Mapping[str, Any] | None
 @overload
 def reparameterize(
     model: nn.Module, example_inputs: Examples = None, *, inplace: bool = False, strict: bool = False,
-    profile: Profile | None = None,
+    profile: Profile | None = None, objective: str = "latency", autotune: bool = False,
 ) -> nn.Module: ...  # fmt: skip
 @overload
 def reparameterize(
-    model: ExportedProgram, *, strict: bool = False, profile: Profile | None = None
-) -> ExportedProgram: ...
+    model: ExportedProgram, *, strict: bool = False, profile: Profile | None = None, objective: str = "latency",
+    autotune: bool = False,
+) -> ExportedProgram: ...  # fmt: skip
 def reparameterize(
     model: nn.Module | ExportedProgram,
     example_inputs: Examples = None,
@@ -45,6 +48,8 @@ def reparameterize(
     inplace: bool = False,
     strict: bool = False,
     profile: Profile | None = None,
+    objective: str = "latency",
+    autotune: bool = False,
 ) -> nn.Module | ExportedProgram:
     """The network with every affine region that pays replaced by the one convolution that it equals.
 
@@ -57,7 +62,12 @@ def reparameterize(
         inplace: reuse the model's tensors instead of copying those that are kept; do not use the model afterwards.
         strict: keep branches apart where one kernel would turn an `inf` of the input into more `nan` than the branches
             give. A kernel holds zeros where a narrower branch (identity, 1x1) read nothing, and 0·inf is nan.
-        profile: the device to choose for (default: the shipped profile of the device that holds the parameters).
+        profile: the device to choose for (default: the shipped profile of the device that holds the parameters);
+            `fxrep.calibrate()` measures that of this machine.
+        objective: what to make least: the predicted "latency", the "macs", or the "params". A plan never has more
+            multiply-adds, weights or layers than the model, whatever the objective.
+        autotune: time both sides of a collapse of which the prediction is unsure, at the sizes of `example_inputs`,
+            and keep the faster. Another run may time, and so decide, otherwise.
 
     Returns:
         A `torch.fx.GraphModule` in eval mode, equal to `model.eval()`, with a `Report` at `.report`. Where the
@@ -65,17 +75,17 @@ def reparameterize(
         with the same inputs, outputs and range constraints, with its report at `.report` too (which is not saved).
 
     Raises:
-        FxrepError: `model` is neither, or `example_inputs` do not fit its forward.
+        FxrepError: `model` is neither, `example_inputs` do not fit its forward, or what is asked for is not there.
     """
     if isinstance(model, ExportedProgram):
         _check_program(example_inputs, inplace)
-        return exported.collapse(model, profile or profile_of(model.state_dict.values()), strict)
+        return exported.collapse(model, aim_of(model.state_dict.values(), profile, objective, autotune, True), strict)
     model = check_model(model)
     examples = bind_examples(model, example_inputs)
     with _no_collections():
         root = structural_copy(model)
         before = Architecture.of(root)
-        begin = _pipeline(model, profile, strict)
+        begin = _pipeline(aim_of(model.parameters(), profile, objective, autotune, bool(examples)), strict)
         collapsed, report = Islands(root, begin, writes=True, inplace=inplace).collapse(examples)
         return finished(collapsed, root, model, before, report, inplace)
 
@@ -86,14 +96,15 @@ def explain(
     *,
     strict: bool = False,
     profile: Profile | None = None,
+    objective: str = "latency",
 ) -> Report:
     """The report that `reparameterize` would give, without rewriting: nothing is folded, so nothing is certified."""
     if isinstance(model, ExportedProgram):
         _check_program(example_inputs)
-        return exported.pipeline_of(model, profile or profile_of(model.state_dict.values()), strict).explain()
+        return exported.pipeline_of(model, aim_of(model.state_dict.values(), profile, objective), strict).explain()
     model = check_model(model)
-    islands = Islands(structural_copy(model), _pipeline(model, profile, strict), writes=False)
-    return islands.collapse(bind_examples(model, example_inputs))[1]
+    begin = _pipeline(aim_of(model.parameters(), profile, objective), strict)
+    return Islands(structural_copy(model), begin, writes=False).collapse(bind_examples(model, example_inputs))[1]
 
 
 @contextmanager
@@ -108,12 +119,29 @@ def _no_collections() -> Iterator[None]:
             gc.enable()
 
 
-def _pipeline(model: nn.Module, profile: Profile | None, strict: bool) -> Begin:
+def aim_of(
+    tensors: Iterable[Tensor],
+    profile: Profile | None = None,
+    objective: str = "latency",
+    autotune: bool = False,
+    sized: bool = False,
+) -> Aim:
+    """What is to be made least on the device that holds the tensors, by its shipped profile if by no other."""
+    found = ((t.device, t.dtype) for t in tensors if t.is_floating_point())
+    first = next(found, (torch.device("cpu"), torch.float32))
+    chosen = profile or profile_for(first[0].type)
+    if autotune and objective != "latency":
+        raise FxrepError(f"autotune measures time, which objective={objective!r} does not ask for; leave one out")
+    if autotune and not sized:
+        raise FxrepError("autotune times layers at the sizes that the network meets: pass example_inputs")
+    return Aim(chosen, objective, Trials(*first) if autotune else None)
+
+
+def _pipeline(aim: Aim, strict: bool) -> Begin:
     """What starts the line for one traced module."""
-    chosen = profile or profile_of(model.parameters())
 
     def begin(name: str, traced: Traced, examples: Mapping[str, Any]) -> Pipeline:
-        return Pipeline(name, traced, examples, chosen, strict)
+        return Pipeline(name, traced, examples, aim, strict)
 
     return begin
 
@@ -164,11 +192,6 @@ def bind_examples(model: nn.Module, example_inputs: Examples) -> dict[str, Any]:
     except TypeError as error:
         raise FxrepError(f"example_inputs do not fit {type(model).__name__}.forward{signature}: {error}") from None
     return dict(bound.arguments)
-
-
-def profile_of(tensors: Iterable[Tensor]) -> Profile:
-    """The shipped profile of the device that holds the tensors."""
-    return profile_for(next((t.device.type for t in tensors), "cpu"))
 
 
 def finished(

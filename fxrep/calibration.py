@@ -82,7 +82,9 @@ def measure(device: torch.device, dtype: torch.dtype) -> Profile:
         peak[kind] = geometric_mean(m / t for (m, _), t in zip(cases, beyond([c for _, c in cases]), strict=True))
     moves = list(_additions(device, dtype))
     bandwidth = geometric_mean(b / t for (b, _), t in zip(moves, beyond([c for _, c in moves]), strict=True))
-    return Profile(describe(device, dtype), peak, bandwidth, launch, measured=True)
+    (x,) = _drawn((1, TINY, 4, 4), device=device, dtype=dtype)
+    view = take_turns([partial(torch.narrow, x, 1, 0, TINY // 2)], ROUNDS, device, BUDGET)[0].median
+    return Profile(describe(device, dtype), peak, bandwidth, launch, measured=True, view=view)
 
 
 def describe(device: torch.device, dtype: torch.dtype) -> str:

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
+from typing import Any
 
+from fxrep.errors import FxrepError
+
+UNSURE = 0.25  # relative: what predictions of a collapse are off by, by docs/benchmarks.md
 BYTES = 4  # per element: float32; only ratios matter
 
 
 #: Kinds of kernel, each with a peak of its own.
 KINDS = ("dense", "pointwise", "depthwise", "grouped", "linear")
+OBJECTIVES = ("latency", "macs", "params")
 
 
 @dataclass(frozen=True)
@@ -25,6 +30,8 @@ class Profile:
     bandwidth: float
     launch: float
     measured: bool = False
+    #: seconds to make a view, which computes nothing
+    view: float = 0.0
 
 
 #: Orders of magnitude, for choices and not for predictions. `cpu`: two cores of a server in eager mode. `cuda`: below
@@ -63,6 +70,41 @@ class Work:
         compute = self.macs / profile.peak[self.kind]
         memory = BYTES * (self.elements + self.weights) / profile.bandwidth
         return max(compute, memory) + self.steps * profile.launch
+
+
+@dataclass(frozen=True)
+class Aim:
+    """What a plan makes least: the predicted time on a device, the multiply-adds, or the weights."""
+
+    profile: Profile
+    objective: str = "latency"
+    #: seconds saved by what is measured, of jobs before and jobs after; None where the clock cannot tell either
+    trial: Callable[[Sequence[Any], Sequence[Any]], float | None] | None = None
+
+    def __post_init__(self) -> None:
+        if self.objective not in OBJECTIVES:
+            raise FxrepError(f"there is no objective {self.objective!r}; there are {', '.join(OBJECTIVES)}")
+
+    def cost(self, work: Work) -> float:
+        """In seconds, multiply-adds or weights.
+
+        >>> Aim(PROFILES["cpu"], "macs").cost(Work(macs=5e10, steps=1))
+        50000000000.0
+        """
+        if self.objective == "latency":
+            return work.seconds(self.profile)
+        return work.macs if self.objective == "macs" else work.weights
+
+    def is_unsure(self, saved: float, cost: float) -> bool:
+        """Whether the prediction is too close to decide, where it may be tried."""
+        return self.trial is not None and abs(saved) < UNSURE * cost
+
+    def told(self, whole: float, apart: float) -> str:
+        """That one cost is more than the other, in words."""
+        if self.objective == "latency":
+            return f"it is predicted to take {duration(whole)}, apart {duration(apart)}"
+        unit = {"macs": "multiply-adds", "params": "weights"}[self.objective]
+        return f"it would have {whole:.4g} {unit}, apart {apart:.4g}"
 
 
 def kind_of(taps: int, dims: int, groups: int, in_channels: int) -> str:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch._dynamo.backends.registry import lookup_backend
 from torch.fx import GraphModule, Node
 
-from fxrep.cost import profile_for
+from fxrep.cost import Aim, profile_for
 from fxrep.errors import FxrepError
 from fxrep.metadata import told_by
 from fxrep.mutation import written_inputs
@@ -132,6 +132,6 @@ def _collapsed(captured: GraphModule, weights: Mapping[str, _Weight]) -> GraphMo
     traced = Traced(root, graph, modules=dict(root.named_modules()))
     device = next(iter(weights.values())).tensor.device.type
     told = told_by(graph, "example_value")
-    collapsed = Pipeline("captured", traced, {}, profile_for(device), False, told).rewrite()[0]
+    collapsed = Pipeline("captured", traced, {}, Aim(profile_for(device)), False, told).rewrite()[0]
     vars(collapsed).pop(DRAFT)  # functions, which Inductor cannot hash for its cache
     return collapsed

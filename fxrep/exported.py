@@ -17,7 +17,7 @@ from torch.export.graph_signature import ExportGraphSignature, InputKind, InputS
 from torch.fx import Graph, GraphModule, Node, map_arg
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from fxrep.cost import Profile
+from fxrep.cost import Aim
 from fxrep.metadata import told_by
 from fxrep.mutation import written_inputs
 from fxrep.pipeline import Pipeline
@@ -30,19 +30,19 @@ aten = torch.ops.aten
 SPELLED: dict[Any, Any] = {torch.addcmul: lambda shift, x, gain: x * gain + shift}
 
 
-def pipeline_of(program: ExportedProgram, profile: Profile, strict: bool) -> Pipeline:
+def pipeline_of(program: ExportedProgram, aim: Aim, strict: bool) -> Pipeline:
     """The program read and planned. Its parameters, buffers and constants are constants, unless it writes them."""
     root, graph = _unlifted(program)
     traced = Traced(root, graph, modules=dict(root.named_modules()))
-    return Pipeline("ExportedProgram", traced, {}, profile, strict, told_by(graph, "val"))
+    return Pipeline("ExportedProgram", traced, {}, aim, strict, told_by(graph, "val"))
 
 
-def collapse(program: ExportedProgram, profile: Profile, strict: bool) -> ExportedProgram:
+def collapse(program: ExportedProgram, aim: Aim, strict: bool) -> ExportedProgram:
     """The program with every affine region that pays replaced; inputs, outputs, symbols and constraints stay.
 
     Its state dict holds the new weights and copies of those that are still read; `program` is left as it is.
     """
-    collapsed, report = pipeline_of(program, profile, strict).rewrite()
+    collapsed, report = pipeline_of(program, aim, strict).rewrite()
     result = _Lift(program, collapsed).program()
     result.report = report  # type: ignore[attr-defined]
     return result

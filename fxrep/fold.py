@@ -132,7 +132,7 @@ def layer_of(folded: Folded) -> nn.Module:
     """The plain torch layer of a convolution or linear emit, in the dtype and on the device of what it replaces."""
     operator = folded.emit.operator
     assert operator is not None and folded.weight is not None
-    layer = _empty_layer(operator)
+    layer = empty_layer(operator)
     layer.weight = _parameter(folded.weight, folded)
     layer.register_parameter("bias", None if folded.bias is None else _parameter(folded.bias, folded))
     return layer.eval()
@@ -147,7 +147,7 @@ def scale_of(value: Tensor, folded: Folded, dims: int) -> nn.Parameter:
     return _parameter(value.reshape((-1, *(1,) * dims) if value.ndim else ()), folded)
 
 
-def _empty_layer(operator: AffineConv) -> nn.Module:
+def empty_layer(operator: AffineConv) -> nn.Module:
     bias = operator.bias is not None
     channels = operator.in_channels, operator.out_channels
     if not operator.dims:

@@ -12,7 +12,7 @@ from typing import NamedTuple
 from fxrep import form as forms
 from fxrep import kernel as K
 from fxrep.affine import AffineConv, diagonal_of
-from fxrep.cost import Profile, Work, kind_of
+from fxrep.cost import Aim, Work, kind_of
 from fxrep.errors import Illegal
 from fxrep.evaluation import has_zeros
 from fxrep.form import AffineForm
@@ -33,6 +33,8 @@ class Emit:
     operator: AffineConv | None = None
     gain: Kernel | None = None
     bias: Kernel | None = None
+    #: whether channels that are passed on are made contiguous
+    dense: bool = False
 
     @property
     def kernels(self) -> tuple[Kernel | None, Kernel | None]:
@@ -111,6 +113,8 @@ class Recipe:
 def _describe(emit: Emit) -> str:
     if emit.operator is not None:
         return "pad" if emit.is_pad else emit.operator.describe()
+    if emit.is_pass and emit.anchor.rows is not None:
+        return f"{len(emit.anchor.rows)} channels of a shared layer"
     return "identity" if emit.is_pass else "scale" if emit.gain is not None else "shift"
 
 
@@ -120,15 +124,16 @@ def lower(form: AffineForm, stacks: Callable[[Recipe, Recipe], bool]) -> Recipe:
 
     Raises Illegal for a form that no operator computes.
     """
-    apart = _recipe(form)
+    apart = recipe_of(form)
     stacked = forms.merged(form) if len(form.parts) > 1 else None
     if stacked is None:
         return apart
-    together = _recipe(stacked)
+    together = recipe_of(stacked)
     return together if together.convolutions <= apart.convolutions and stacks(apart, together) else apart
 
 
-def _recipe(form: AffineForm) -> Recipe:
+def recipe_of(form: AffineForm) -> Recipe:
+    """One emit for each term. Raises Illegal for a form that no operator computes."""
     return Recipe(form, tuple(_emits(p, form.dims) for p in form.parts))
 
 
@@ -242,15 +247,32 @@ def total(efforts: Iterable[Effort]) -> Effort:
     return Effort(*map(sum, zip(*efforts, strict=True)))
 
 
+class Job(NamedTuple):
+    """A recipe at sizes: of its value, and of what it reads."""
+
+    recipe: Recipe
+    result: tuple[int, ...]
+    read: dict[str, tuple[int, ...]]
+
+
 @dataclass(frozen=True)
 class Pricer:
     """Seconds of a recipe whose value has the shape `out` and whose anchors have the shapes `of`."""
 
     sizes: Sizes
-    profile: Profile
+    aim: Aim
 
     def seconds(self, recipe: Recipe, out: Shape, of: Callable[[str], Shape]) -> float:
-        return sum(w.seconds(self.profile) for w in self.works(recipe, out, of))
+        return sum(w.seconds(self.aim.profile) for w in self.works(recipe, out, of))
+
+    def job(self, recipe: Recipe, out: Shape, of: Callable[[str], Shape]) -> Job:
+        least = (recipe.dims or 0) + 1
+        read = {source: self.sizes.numbers(of(source), least) for source in recipe.form.sources}
+        return Job(recipe, self.sizes.numbers(out, least), read)
+
+    def cost(self, recipe: Recipe, out: Shape, of: Callable[[str], Shape]) -> float:
+        """By what is to be made least."""
+        return sum(map(self.aim.cost, self.works(recipe, out, of)))
 
     def effort(self, recipe: Recipe, out: Shape, of: Callable[[str], Shape], written: bool) -> Effort:
         """`written` says that the recipe is to be written, in layers: what the model has as a pool is no layer."""
@@ -276,7 +298,7 @@ class Pricer:
         elements = float(prod(read))
         if rows is not None:
             elements *= len(rows) / max(read[-dims - 1], 1)
-            if rows != tuple(range(rows[0], rows[0] + len(rows))):
+            if rows != tuple(range(rows[0], rows[0] + len(rows))) or (emit.dense and prod(read[: -dims - 1]) > 1):
                 yield Work(elements=2 * elements, steps=1)
         if emit.is_pass:
             return

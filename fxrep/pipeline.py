@@ -7,12 +7,12 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 from torch.fx import Graph, GraphModule, Node
 
 from fxrep.census import census, planned
 from fxrep.certify import Region, certify
-from fxrep.cost import Profile
+from fxrep.cost import Aim
 from fxrep.drawing import MOST_PICTURES, parameter_names, pictures, scene
 from fxrep.errors import UNTOLD, FxrepError, Illegal, Refusal
 from fxrep.evaluation import Doubles
@@ -32,7 +32,7 @@ class Pipeline:
     """A traced model, read and planned; `rewrite` carries the plan out."""
 
     def __init__(
-        self, name: str, traced: Traced, examples: Mapping[str, Any], profile: Profile, strict: bool = False,
+        self, name: str, traced: Traced, examples: Mapping[str, Any], aim: Aim, strict: bool = False,
         told: Told = NOTHING, legal: Legal = lambda _: None,
     ) -> None:  # fmt: skip
         self.name, self.traced, self.graph, self.modules = name, traced, traced.graph, dict(traced.modules)
@@ -44,7 +44,7 @@ class Pipeline:
         self.nodes: dict[str, Node] = {n.name: n for n in self.graph.nodes}
         _check_examples(self.readings, shapes)
         self.like = like_of(traced.root)
-        self.plan = make_plan(_problem(self.graph, self.readings, writes, shapes), profile, strict, legal)
+        self.plan = make_plan(_problem(self.graph, self.modules, self.readings, writes, shapes), aim, strict, legal)
         self.places = {d.node: d.at for d in self.plan.decisions.values()}
         self.refused: list[Refusal] = []
 
@@ -174,7 +174,13 @@ def _check_examples(readings: Readings, examples: Mapping[str, tuple[int, ...]])
                 raise FxrepError(f"example_inputs: {name} has {fact}; the network takes {size}")
 
 
-def _problem(graph: Graph, readings: Readings, writes: Writes, examples: dict[str, tuple[int, ...]]) -> Problem:
+def _problem(
+    graph: Graph,
+    modules: Mapping[str, nn.Module],
+    readings: Readings,
+    writes: Writes,
+    examples: dict[str, tuple[int, ...]],
+) -> Problem:
     """Who reads what: forms read their sources, everything else its operands; sizes are no readers."""
     readers: dict[str, set[str]] = {n.name: set() for n in graph.nodes}
     for name, form in readings.forms.items():
@@ -198,7 +204,23 @@ def _problem(graph: Graph, readings: Readings, writes: Writes, examples: dict[st
         writes=writes.places,
         places={node.name: i for i, node in enumerate(graph.nodes)},
         sizes=examples,
+        dense=frozenset(n.name for n in graph.nodes if not all(_takes_views(u, modules) for u in n.users)),
     )
+
+
+#: Ops that read channels of a larger value as fast as a value of their own, and give a new one: names of classes,
+#: functions and methods.
+ELEMENTWISE = frozenset((
+    "ReLU", "ReLU6", "SiLU", "GELU", "Sigmoid", "Hardswish", "Hardsigmoid", "LeakyReLU", "ELU", "Mish", "Tanh",
+    "relu", "relu6", "silu", "gelu", "sigmoid", "hardswish", "hardsigmoid", "leaky_relu", "elu", "mish", "tanh",
+    "add", "sub", "mul", "truediv", "cat", "mean", "softmax",
+))  # fmt: skip
+
+
+def _takes_views(reader: Node, modules: Mapping[str, nn.Module]) -> bool:
+    """Whether a reader can do with channels that lie apart in memory."""
+    target = type(modules[str(reader.target)]) if reader.op == "call_module" else reader.target
+    return str(getattr(target, "__name__", target)) in ELEMENTWISE
 
 
 def _fixed(graph: Graph, readings: Readings, writes: Writes) -> dict[str, tuple[str, str]]:

@@ -25,6 +25,8 @@ class Problem:
     writes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     places: Mapping[str, int] = field(default_factory=dict)
     sizes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    #: values that somebody reads who needs them contiguous, or would copy them
+    dense: frozenset[str] = frozenset()
 
 
 #: Raises Illegal for a recipe that may not be taken.

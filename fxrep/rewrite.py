@@ -172,7 +172,8 @@ class Rewriter:
             return value
         rows, axis = anchor.rows, -(decision.recipe.dims or 0) - 1
         if rows == tuple(range(rows[0], rows[0] + len(rows))):
-            return self.new.call_function(torch.narrow, (value, axis, rows[0], len(rows)))
+            view = self.new.call_function(torch.narrow, (value, axis, rows[0], len(rows)))
+            return self.new.call_method("contiguous", (view,)) if folded.emit.dense else view
         holder = nn.Module()
         holder.register_buffer("index", torch.tensor(rows, device=folded.like.device))
         path = f"{self.names[id(folded.emit)]}_rows"

@@ -11,13 +11,14 @@ from math import fsum, inf
 
 from fxrep import kernel as K
 from fxrep.affine import AffineConv, Equal, noting
-from fxrep.cost import Profile, duration
+from fxrep.cost import Aim
 from fxrep.errors import Illegal, Refusal
 from fxrep.evaluation import has_zeros
 from fxrep.form import AffineForm
 from fxrep.lower import Recipe, lower, total
 from fxrep.parts import Term, merge_where, merged_terms, weights_of
 from fxrep.plan import Legal, Plan, Problem
+from fxrep.siblings import merge_siblings
 from fxrep.state import Candidate, State
 
 TOLERANCE = 1e-9  # relative; below it two costs are a tie
@@ -29,14 +30,14 @@ MOST_DETOURS = 4  # around values of a cone that no operator computes
 Substitution = tuple[AffineForm | Illegal, list[Equal]]
 
 
-def make_plan(problem: Problem, profile: Profile, strict: bool = False, legal: Legal = lambda _: None) -> Plan:
+def make_plan(problem: Problem, aim: Aim, strict: bool = False, legal: Legal = lambda _: None) -> Plan:
     """Greedy in graph order: for each affine value its cone of values that nobody else reads, the best prefix of it;
     then for each scale all of its readers at once; and again, until nothing is found.
 
     `strict` allows no kernel with zeros that the model does not multiply by: 0·∞ is not a number. `legal` raises
     Illegal for a recipe that may not be taken for some other reason.
     """
-    search = _Search(problem, profile, strict, legal)
+    search = _Search(problem, aim, strict, legal)
     todo = dict.fromkeys(name for name in problem.forms if problem.readers[name])
     while todo:
         queue = deque(todo)
@@ -45,6 +46,7 @@ def make_plan(problem: Problem, profile: Profile, strict: bool = False, legal: L
             queue.extend(search.in_order(search.improve(node)))
         found = (n for node in tuple(search.state.recipes) for n in search.in_order(search.spread(node)))
         todo = dict.fromkeys(found)
+    merge_siblings(search.state)
     return search.state.plan(search.refusals.values())
 
 
@@ -66,13 +68,13 @@ def _why_apart(one: Term, a: Term, b: Term) -> tuple[str, str]:
 class _Search:
     """Tries candidates for a value, and notes why what was in sight was not taken."""
 
-    def __init__(self, problem: Problem, profile: Profile, strict: bool, legal: Legal) -> None:
+    def __init__(self, problem: Problem, aim: Aim, strict: bool, legal: Legal) -> None:
         self.problem, self.strict, self.legal = problem, strict, legal
         self.join = merge_where(self._is_free)
         self.refusals: dict[tuple[str, str], Refusal] = {}
         self.known: dict[tuple[int, str, int], tuple[AffineForm, AffineForm, Substitution]] = {}
         self.lowered: dict[int, tuple[AffineForm, Recipe | Illegal, float, list[Equal]]] = {}
-        self.state = State(problem, profile)
+        self.state = State(problem, aim)
         for name, form in problem.forms.items():
             self.state.start(name, self._lower(name, form))
 
@@ -107,9 +109,9 @@ class _Search:
             options = [c for c in self._candidates(reader) if node in c.absorbed and _is_float(c.recipe)]
             if not options:
                 return set()
-            chosen[reader] = min(options, key=lambda c: (c.seconds, c.steps))
+            chosen[reader] = min(options, key=lambda c: (c.cost, c.steps))
         replaced = {node, *readers, *(g for c in chosen.values() for g in c.gone)}
-        saved = fsum((*(state.seconds[r] for r in replaced), *(-c.seconds for c in chosen.values())))
+        saved = fsum((*(state.costs[r] for r in replaced), *(-c.cost for c in chosen.values())))
         fewer = sum(state.recipes[r].steps for r in replaced) - sum(c.steps for c in chosen.values())
         effort = total(state.effort(r, c.recipe) for r, c in chosen.items())
         if fewer <= 0 or saved < 0 or effort.exceeds(total(state.efforts[r] for r in replaced)):
@@ -150,14 +152,14 @@ class _Search:
 
     def _best(self, node: str) -> Candidate | None:
         state = self.state
-        seconds, steps = state.seconds[node], state.recipes[node].steps
+        cost, steps = state.costs[node], state.recipes[node].steps
         best, margin = None, (0.0, 0)
         for candidate in self._candidates(node):
-            saved = fsum((seconds, *(state.seconds[g] for g in candidate.gone), -candidate.seconds))
             fewer = steps + sum(state.recipes[g].steps for g in candidate.gone) - candidate.steps
             if fewer <= 0 or not _is_float(candidate.recipe) or self._grows(node, candidate):
                 continue
-            if abs(saved) <= TOLERANCE * max(seconds, candidate.seconds):
+            saved = state.saved(node, candidate)
+            if abs(saved) <= TOLERANCE * max(cost, candidate.cost):
                 saved = 0.0  # a tie goes to fewer operators
             if (saved, fewer) > margin:
                 best, margin = candidate, (saved, fewer)
@@ -213,13 +215,13 @@ class _Search:
             self._note_apart(node, form)
             frontier |= set(inner.sources)
             gone |= {anchor} if state.is_read_only_by(anchor, {node, *gone}) else set()
-            recipe, seconds, noted = self._priced(node, form)
+            recipe, cost, noted = self._priced(node, form)
             if isinstance(recipe, Illegal):  # no operator computes this much of the cone; a larger part may be one
                 self._refuse(node, recipe.code, recipe.reason, recipe.hint)
                 stuck = stuck or anchor
                 continue
             stuck = ""
-            yield Candidate(recipe, tuple(absorbed), frozenset(gone), seconds, (*equal, *noted))
+            yield Candidate(recipe, tuple(absorbed), frozenset(gone), cost, (*equal, *noted))
         if stuck and len(avoided) < MOST_DETOURS:
             yield from self._cone(node, start, avoided | {stuck})
 
@@ -300,11 +302,9 @@ class _Search:
             self._refuse(node, code, f"{anchor} must be computed for itself: {reason}")
 
     def _decline(self, node: str, candidate: Candidate, extra: float) -> None:
-        whole, parts = candidate.seconds, candidate.seconds - extra
-        fact = (
-            f"as one {candidate.recipe.describe()} it is predicted to take {duration(whole)}, apart {duration(parts)}"
-        )
-        self._refuse(node, "costs-more", fact)
+        whole, apart = candidate.cost, candidate.cost - extra
+        told = self.state.pricer.aim.told(whole, apart)
+        self._refuse(node, "costs-more", f"as one {candidate.recipe.describe()} {told}")
 
     def _refuse(self, node: str, code: str, reason: str, hint: str = "") -> None:
         self.refusals.setdefault((node, code), Refusal(node, code, reason, hint))

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from math import fsum
 
 from fxrep import affine
 from fxrep.affine import Equal
-from fxrep.cost import Profile
+from fxrep.cost import Aim
 from fxrep.errors import Refusal
 from fxrep.form import AffineForm
 from fxrep.kernel import Kernel
-from fxrep.lower import Effort, Emit, Pricer, Recipe, Sizes
+from fxrep.lower import Effort, Emit, Job, Pricer, Recipe, Sizes
 from fxrep.parts import ONE, Anchor, Gain, Part, Term, keep_apart
 from fxrep.plan import Decision, Plan, Problem
 from fxrep.shapes import Shape
@@ -24,7 +25,7 @@ class Candidate:
     recipe: Recipe
     absorbed: tuple[str, ...]
     gone: frozenset[str]
-    seconds: float
+    cost: float
     equal: tuple[Equal, ...] = ()
 
     @property
@@ -36,13 +37,14 @@ class State:
     """Every value starts computed. What a decision has for a term is a value too, with a name of its own: it may be
     folded further, or into other values, as a layer of the model may."""
 
-    def __init__(self, problem: Problem, profile: Profile) -> None:
+    def __init__(self, problem: Problem, aim: Aim) -> None:
         self.problem = problem
-        self.pricer = Pricer(Sizes(problem.shapes, dict(problem.sizes)), profile)
+        self.pricer = Pricer(Sizes(problem.shapes, dict(problem.sizes)), aim)
         self.order: dict[str, float] = {name: i for i, name in enumerate(problem.forms)}
         self.shapes = dict(problem.shapes.of)
         self.readers = {name: set(users) for name, users in problem.readers.items()}
         self.recipes: dict[str, Recipe] = {}
+        self.costs: dict[str, float] = {}
         self.seconds: dict[str, float] = {}
         self.efforts: dict[str, Effort] = {}
         self.inlined: dict[str, tuple[str, ...]] = {}
@@ -59,11 +61,58 @@ class State:
 
     def _set(self, node: str, recipe: Recipe, written: bool = True) -> None:
         self.recipes[node] = recipe
-        self.seconds[node] = self.cost(node, recipe)
+        self.costs[node] = self.cost(node, recipe)
+        self.seconds[node] = self._seconds(node, recipe)
         self.efforts[node] = self.effort(node, recipe, written)
 
-    def cost(self, node: str, recipe: Recipe) -> float:
+    def _seconds(self, node: str, recipe: Recipe) -> float:
+        if self.pricer.aim.objective == "latency":
+            return self.costs[node]
         return self.pricer.seconds(recipe, self.shapes[node], self.shapes.__getitem__)
+
+    def cost(self, node: str, recipe: Recipe) -> float:
+        return self.pricer.cost(recipe, self.shapes[node], self.shapes.__getitem__)
+
+    def saved(self, node: str, candidate: Candidate) -> float:
+        """What the candidate costs less than what it replaces; measured where the prediction is unsure."""
+        replaced = (node, *candidate.gone)
+        before, aim = [self.costs[n] for n in replaced], self.pricer.aim
+        saved = fsum((*before, -candidate.cost))
+        if aim.trial is None or not aim.is_unsure(saved, fsum(before)):
+            return saved
+        measured = aim.trial([self._job(n, self.recipes[n]) for n in replaced], [self._job(node, candidate.recipe)])
+        return saved if measured is None else measured
+
+    def saved_by(self, members: Sequence[str], stacked: Recipe) -> float:
+        """What one layer in the place of several costs less; measured where the prediction is unsure."""
+        before, aim, name = [self.costs[m] for m in members], self.pricer.aim, self.shared_name(members)
+        saved = fsum((*before, -self.cost(name, stacked)))
+        if aim.trial is None or not aim.is_unsure(saved, fsum(before)):
+            return saved
+        measured = aim.trial([self._job(m, self.recipes[m]) for m in members], [self._job(name, stacked)])
+        return saved if measured is None else measured
+
+    def share(self, members: Sequence[str], stacked: Recipe, views: Sequence[Recipe]) -> None:
+        """One layer, where the first of its members stands, and every member the view of its channels."""
+        name, first = self.shared_name(members), members[0]
+        self.hosts[name], self.order[name] = first, self.order[first] - 0.5
+        self.inlined[name] = tuple(i for m in members for i in (*self.inlined.get(m, ()), m) if i != first)
+        self.equal[name] = tuple(e for m in members for e in self.equal.get(m, ()))
+        self._stops_reading(members)
+        self._set(name, stacked)
+        for source in self.sources(name):
+            self.readers[source].add(name)
+        self.readers[name] = set(members)
+        for member, view in zip(members, views, strict=True):
+            self.inlined.setdefault(member, ())
+            self._set(member, view)
+
+    @staticmethod
+    def shared_name(members: Sequence[str]) -> str:
+        return f"{members[0]}.siblings"
+
+    def _job(self, node: str, recipe: Recipe) -> Job:
+        return self.pricer.job(recipe, self.shapes[node], self.shapes.__getitem__)
 
     def effort(self, node: str, recipe: Recipe, written: bool = True) -> Effort:
         return self.pricer.effort(recipe, self.shapes[node], self.shapes.__getitem__, written)
@@ -143,7 +192,7 @@ class State:
         dims = self.recipes[node].dims
         self.hosts[name] = self.hosts.get(node, node)
         self.order[name] = self.order[node] - 0.5 / (1 + len(made))
-        self.shapes[name] = self._shape(node, part.channels, dims)
+        self.shapes[name] = self.shape_of(node, part.channels, dims)
         self.inlined[name] = tuple(dict.fromkeys((*self.inlined[node], node)))
         self.equal[name] = self.equal.get(node, ())
         anchor = replace(emit.anchor, slot=0)
@@ -152,11 +201,16 @@ class State:
         self.readers.setdefault(anchor.source, set()).add(name)
         return Emit(Anchor(name))
 
-    def _shape(self, node: str, channels: int | None, dims: int | None) -> Shape:
+    def shape_of(self, node: str, channels: int | None, dims: int | None) -> Shape:
         """That of the node, with the channels of one of its parts."""
         shape = self.problem.shapes.full(self.shapes[node])
         if len(self.recipes[node].parts) == 1 or channels is None or dims is None:
             return shape
+        return self.with_channels(node, channels, dims)
+
+    def with_channels(self, node: str, channels: int, dims: int) -> Shape:
+        """The shape of the node, with another number of channels."""
+        shape = self.problem.shapes.full(self.shapes[node])
         return Shape(shape.root, (*shape.tail[: -dims - 1], channels, *shape.tail[len(shape.tail) - dims :]))
 
     def plan(self, refusals: Iterable[Refusal]) -> Plan:

@@ -5,9 +5,12 @@ from __future__ import annotations
 import doctest
 
 import pytest
+import torch
+from torch import nn
 
-from fxrep import cost
-from fxrep.cost import BYTES, PROFILES, Profile, Work, kind_of, profile_for
+from fxrep import cost, explain
+from fxrep.cost import BYTES, KINDS, PROFILES, Aim, Profile, Work, kind_of, profile_for
+from fxrep.errors import FxrepError
 
 #: 10 multiply-adds and 8 bytes (2 elements) a second, 1 s to start: every sum below can be done in one's head.
 SLOW = Profile("slow", {"dense": 10.0, "depthwise": 2.0}, bandwidth=8.0, launch=1.0)
@@ -107,3 +110,25 @@ def test_merging_parallel_branches_saves_launches_and_traffic():
     for profile in PROFILES.values():
         apart = sum(work.seconds(profile) for work in (wide, point, total))
         assert apart - wide.seconds(profile) > 2 * profile.launch
+
+
+def test_what_is_made_least():
+    work = Work(macs=20.0, elements=6.0, weights=4.0, steps=2)
+    assert Aim(SLOW).cost(work) == work.seconds(SLOW) == 7.0
+    assert Aim(SLOW, "macs").cost(work) == 20.0
+    assert Aim(SLOW, "params").cost(work) == 4.0
+    with pytest.raises(FxrepError, match="latency, macs, params"):
+        Aim(SLOW, "beauty")
+
+
+@pytest.mark.parametrize(
+    ("objective", "layers", "told"), [("latency", 2, ["costs-more"]), ("macs", 1, []), ("params", 1, [])]
+)
+def test_an_objective_decides(objective, layers, told):
+    """A 1x1 from one channel to eight and a depthwise 3x3 have 8 + 72 weights a pixel, as one dense 3x3 72; on a device
+    that is slow at dense kernels alone, time keeps two layers."""
+    net = nn.Sequential(nn.Conv2d(1, 8, 1, bias=False), nn.Conv2d(8, 8, 3, padding=1, groups=8, bias=False))
+    slow_dense = Profile("slow dense", {**dict.fromkeys(KINDS, 1e12), "dense": 1e3}, 1e12, 1e-9)
+    report = explain(net, torch.randn(1, 1, 16, 16), profile=slow_dense, objective=objective)
+    assert report.after["conv"] == layers
+    assert [refusal.code for refusal in report.refusals] == told

@@ -7,7 +7,7 @@ import sys
 from contextlib import redirect_stdout
 from typing import Any
 
-from fxrep.cli.common import OK, add_profile, profile_of, shape
+from fxrep.cli.common import OK, add_autotune, add_profile, aims, shape
 from fxrep.cli.models import MODEL_HELP, load, load_extra
 from fxrep.errors import Unusable
 
@@ -48,6 +48,7 @@ def add(commands: Any) -> None:
     parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
     parser.add_argument("--plot", metavar="FILE", help="draw the ratios, as .svg, .png or .pdf")
     add_profile(parser)
+    add_autotune(parser)
     parser.set_defaults(run=run)
 
 
@@ -72,7 +73,7 @@ def run(args: argparse.Namespace) -> int:
                 bar.set_description(label)
                 bar.update()
 
-            options = {"profile": profile_of(args, args.device)}
+            options = {**aims(args, args.device), "autotune": args.autotune}
             found = bench(models, shapes, setting, forms=forms, engines=engines, options=options, step=step)
     if args.plot:
         try:

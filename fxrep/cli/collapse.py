@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import fxrep
-from fxrep.cli.common import FAILED, OK, add_profile, complain, profile_of, shape
+from fxrep.cli.common import FAILED, OK, add_autotune, add_profile, aims, complain, shape
 from fxrep.cli.models import MODEL_HELP, example_inputs, load
 from fxrep.errors import FxrepError, Unusable
 
@@ -47,6 +47,8 @@ def add(commands: Any) -> None:
         parser.add_argument("--full", action="store_true", help="print every row, fold nothing")
         parser.add_argument("--html", metavar="FILE", help="write a page to look at: graphs, decisions, costs, kernels")
         add_profile(parser)
+        if name == "report":
+            add_autotune(parser)
         parser.set_defaults(run=run)
 
 
@@ -54,7 +56,8 @@ def run(args: argparse.Namespace) -> int:
     with redirect_stdout(sys.stderr):  # what the model's own code prints must not end up in the JSON
         model = load(args.model)
         example = example_inputs(model, args.input)
-        report, collapsed = make_report(args.command, model, example, strict=args.strict, profile=profile_of(args))
+        options = aims(args) | ({"autotune": args.autotune} if args.command == "report" else {})
+        report, collapsed = make_report(args.command, model, example, strict=args.strict, **options)
         if args.html:
             write_page(args.html, report, verdict(model, collapsed, example))
     print(report.to_json(indent=2) if args.json else report.text(full=args.full))

@@ -6,12 +6,10 @@ import argparse
 import difflib
 import sys
 from collections.abc import Iterable
-from typing import TYPE_CHECKING
+from typing import Any
 
 import fxrep
-
-if TYPE_CHECKING:
-    from fxrep.cost import Profile
+from fxrep.cost import OBJECTIVES
 
 PROFILES = ("shipped", "measured")
 
@@ -42,12 +40,20 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
 
 
 def add_profile(parser: argparse.ArgumentParser) -> None:
-    """The option that says by whose costs a plan is made."""
+    """The options that say what a plan makes least, and by whose costs."""
+    parser.add_argument("--objective", choices=OBJECTIVES, default="latency", help="what to make least")
     parser.add_argument(
         "--profile", choices=PROFILES, default="shipped", help="costs as shipped, or as measured on this machine"
     )
 
 
-def profile_of(args: argparse.Namespace, device: str = "cpu") -> Profile | None:
-    """The profile for `reparameterize`; None is the shipped one."""
-    return fxrep.calibrate(device) if args.profile == "measured" else None
+def add_autotune(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--autotune", action="store_true", help="time both sides of a collapse of which the prediction is unsure"
+    )
+
+
+def aims(args: argparse.Namespace, device: str = "cpu") -> dict[str, Any]:
+    """These options as `reparameterize` takes them; no profile is the shipped one."""
+    profile = fxrep.calibrate(device) if args.profile == "measured" else None
+    return {"objective": args.objective, "profile": profile}

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.fx import GraphModule
 
 from fxrep import kernel as K
-from fxrep.api import Examples, bind_examples, check_model, finished, profile_of
+from fxrep.api import Examples, aim_of, bind_examples, check_model, finished
 from fxrep.certify import Region, certify
 from fxrep.copying import structural_copy
 from fxrep.errors import FxrepError, Illegal, Refusal
@@ -55,7 +55,7 @@ def target(model: nn.Module, example_inputs: Examples = None) -> nn.Module:
     if isinstance(traced, Refusal):
         return _ruled(untraced(model, traced), model, ())
     name = type(model).__name__
-    pipeline = Pipeline(name, traced, examples, profile_of(model.parameters()), legal=Linear(traced.root))
+    pipeline = Pipeline(name, traced, examples, aim_of(model.parameters()), legal=Linear(traced.root))
     _tell_of_norms(pipeline)
     for refusal in [*_tied(pipeline), *by_present_values(pipeline)]:
         if refusal.node in pipeline.plan.decisions:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
 from fxrep import kernel as K
-from fxrep.api import Examples, bind_examples, check_model, finished, profile_of
+from fxrep.api import Examples, aim_of, bind_examples, check_model, finished
 from fxrep.errors import FxrepError, Refusal
 from fxrep.evaluation import evaluate
 from fxrep.fold import Folded, in_layout, run_emit
@@ -50,7 +50,7 @@ def online(model: nn.Module, example_inputs: Examples = None) -> nn.Module:
     traced = trace_as_it_trains(model, examples)
     if isinstance(traced, Refusal):
         return restore_modes(untraced(model, traced), model)
-    pipeline = Pipeline(type(model).__name__, traced, examples, profile_of(model.parameters()), legal=Live(traced.root))
+    pipeline = Pipeline(type(model).__name__, traced, examples, aim_of(model.parameters()), legal=Live(traced.root))
     for refusal in list(by_present_values(pipeline)):
         pipeline.decline(refusal)
     result, report = pipeline.rewrite(writer=OnlineRewriter)
