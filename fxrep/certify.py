@@ -130,7 +130,7 @@ def _compared(recipe: Recipe, got: Sequence[Tensor], expected: Tensor, spread: f
 
 
 def _failed(decision: Decision, fact: str) -> Refusal:
-    return Refusal(decision.node, "certificate-failed", f"the fold into {decision.recipe.describe()} {fact}")
+    return Refusal(decision.at, "certificate-failed", f"the fold into {decision.recipe.describe()} {fact}")
 
 
 def _spread(anchors: Mapping[str, Tensor]) -> float:

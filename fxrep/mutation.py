@@ -47,10 +47,11 @@ IDENTITY_MODULES = (
     nn.AlphaDropout,
     nn.FeatureAlphaDropout,
 )
+FUNCTIONAL_DROPOUTS = (torch.nn.functional.dropout, torch.nn.functional.dropout2d, torch.dropout)
 #: Ops whose result is the operand itself, entry for entry. Not "contiguous" or "to", which may copy.
 SAME_ENTRIES: tuple[Any, ...] = (
     "detach", torch.detach, "view_as", torch.ops.aten.alias.default, *IDENTITY_MODULES,
-    torch.nn.functional.dropout, torch.nn.functional.dropout2d, torch.dropout,
+    *FUNCTIONAL_DROPOUTS,
 )  # fmt: skip
 #: Modules of torch.nn whose result may share memory with the operand.
 VIEW_MODULES = (nn.Flatten, nn.Unflatten, nn.PixelShuffle, nn.PixelUnshuffle, nn.Fold, nn.Unfold, nn.ChannelShuffle)
@@ -203,7 +204,8 @@ def _is_fresh(node: Node, modules: dict[str, nn.Module]) -> bool:
     if not _is_known(node, modules):
         return False
     if node.op == "call_module":
-        return type(modules[str(node.target)]) not in (*IDENTITY_MODULES, *VIEW_MODULES)
+        kinds = VIEW_MODULES if _draws(node, modules) else (*IDENTITY_MODULES, *VIEW_MODULES)
+        return type(modules[str(node.target)]) not in kinds
     return node.target is assigned or base_name(node.target) in FRESH
 
 
@@ -247,10 +249,20 @@ def _read_after(
 def _origin(node: Node, modules: dict[str, nn.Module]) -> Node:
     while node.args and isinstance(node.args[0], Node):
         target = type(modules[str(node.target)]) if node.op == "call_module" else canonical(node.target)
-        if target not in SAME_ENTRIES:
+        if target not in SAME_ENTRIES or _draws(node, modules):
             break
         node = node.args[0]
     return node
+
+
+def _draws(node: Node, modules: dict[str, nn.Module]) -> bool:
+    """Whether a dropout drops something, as one in training mode does: its result is not its operand then."""
+    if node.op == "call_module":
+        module = modules[str(node.target)]
+        return module.training and getattr(module, "p", 0) != 0
+    given = {**dict(zip(("input", "p", "training"), node.args, strict=False)), **node.kwargs}
+    is_dropout = canonical(node.target) in FUNCTIONAL_DROPOUTS
+    return is_dropout and given.get("training", given.get("train", True)) is not False
 
 
 def _make_functional(node: Node, modules: dict[str, nn.Module]) -> bool:

@@ -37,10 +37,6 @@ class Ledger:
         """Whether more than one decision reads the tensor's memory, or something that goes on being computed."""
         return self.uses[_memory(tensor)] > 1 or _memory(tensor) in self.kept
 
-    def keep(self, decision: Decision) -> None:
-        """The decision was not installed: what it stands for goes on being computed."""
-        self.kept |= {_memory(t) for t in self.regions[decision.node]}
-
     def settle(self, decision: Decision, folded: Iterable[Folded]) -> list[Folded]:
         """The decision is done: puts its numbers into tensors that it frees, where they fit, and lets the others go."""
         region = self.regions[decision.node]

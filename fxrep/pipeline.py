@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
@@ -44,66 +45,72 @@ class Pipeline:
         self.nodes: dict[str, Node] = {n.name: n for n in self.graph.nodes}
         _check_examples(self.readings, shapes)
         self.like = like_of(traced.root)
-        self.plan = make_plan(_problem(self.graph, self.modules, self.readings, writes, shapes), aim, strict, legal)
-        self.places = {d.node: d.at for d in self.plan.decisions.values()}
+        self.problem = _problem(self.graph, self.modules, self.readings, writes, shapes)
+        self.make_plan = partial(make_plan, aim=aim, strict=strict, legal=legal)
+        self.plan = self.make_plan(self.problem)
         self.refused: list[Refusal] = []
 
     def explain(self) -> Report:
         """The report of the plan, with nothing folded and so nothing certified."""
         return self._report(planned(self.graph, self.modules, self.plan, self.readings.facts.scalars))
 
-    def decline(self, refusal: Refusal) -> None:
-        """Takes back the decision on the refusal's node: what it would replace stays as it is."""
-        self.plan = self.plan.without(refusal.node, self._computed_from(refusal.node))
-        self.refused.append(refusal)
+    def decline(self, refusals: Iterable[Refusal]) -> None:
+        """Plans anew, with the nodes of the refusals as they are."""
+        told = {r.node: r for r in refusals}
+        self.refused += told.values()
+        assert not told.keys() <= self.problem.fixed.keys(), "what is fixed is never refused again"
+        fixed = {**self.problem.fixed, **{node: (r.code, r.reason) for node, r in told.items()}}
+        self.problem = replace(self.problem, fixed=fixed)
+        self.plan = self.make_plan(self.problem)
 
     def rewrite(self, inplace: bool = False, writer: type[Rewriter] = Rewriter) -> tuple[GraphModule, Report]:
-        """Folds and certifies every decision, one region at a time, and writes what passed."""
+        """Folds and certifies every decision, one region at a time, and writes the first plan of which all pass."""
+        numbers = self._certified(keep=not inplace)
         ledger = self.ledger() if inplace else None
         folded: dict[int, Folded] = {}
         shown: dict[int, Picture] = {}
         parameters = parameter_names(self.traced.root)
-        terms: dict[str, Region] = {}
         for decision in self.plan.decisions.values():
-            numbers = self._fold(decision, terms)
-            if isinstance(numbers, Refusal):
-                self.decline(numbers)
-                if ledger:
-                    ledger.keep(decision)
-                continue
             shown |= pictures(decision, parameters) if len(shown) < MOST_PICTURES else {}
-            folded |= {id(f.emit): f for f in (ledger.settle(decision, numbers) if ledger else numbers)}
+            own = ledger.settle(decision, self._numbers(decision, Doubles())) if ledger else numbers[decision.node]
+            folded |= {id(f.emit): f for f in own}
         rewriter = writer(self.graph, self.plan, self.readings, self.modules, folded)
         collapsed = rewriter.write(self.name)
         sizes = {*self.readings.facts.scalars, *rewriter.numbers}
         after = census(collapsed.graph, dict(collapsed.named_modules()), sizes)
         return collapsed, self._report(after, shown)
 
+    def _certified(self, keep: bool) -> dict[str, list[Folded]]:
+        """The numbers of every decision, if they are to be kept. Plans anew until no decision is refused."""
+        while True:
+            numbers: dict[str, list[Folded]] = {}
+            terms: dict[str, Region] = {}
+            refused: list[Refusal] = []
+            for decision in self.plan.decisions.values():
+                if any(s not in self.nodes and s not in terms for s in decision.recipe.form.sources):
+                    continue  # a term of it is refused already
+                found = self._fold(decision, terms)
+                if isinstance(found, Refusal):
+                    refused.append(found)
+                elif keep:
+                    numbers[decision.node] = found
+            if not refused:
+                return numbers
+            self.decline(refused)
+
     def ledger(self) -> Ledger:
         return Ledger(self.traced.root, self.nodes, self.modules, self.plan, self.readings.facts.constants)
 
-    def _computed_from(self, name: str) -> set[str]:
-        """The values that are no longer computed, and that the node is computed from."""
-        found: set[str] = set()
-        todo = [self.nodes[name]] if name in self.nodes else []
-        while todo:
-            missing = {n for n in todo.pop().all_input_nodes if n.name in self.plan.removed} - {
-                self.nodes[f] for f in found
-            }
-            found |= {n.name for n in missing}
-            todo += missing
-        return found
+    def _numbers(self, decision: Decision, doubles: Doubles) -> list[Folded]:
+        return [fold(e, doubles, self.like) for e in decision.recipe.emits]
 
     def _fold(self, decision: Decision, terms: dict[str, Region]) -> list[Folded] | Refusal:
         """The decision's numbers in float64, certified."""
-        refused = [s for s in decision.recipe.form.sources if s not in self.nodes and s not in terms]
-        if refused:
-            return Refusal(decision.node, "certificate-failed", "a term of it was refused")
         doubles = Doubles()
         try:
-            numbers = [fold(e, doubles, self.like) for e in decision.recipe.emits]
+            numbers = self._numbers(decision, doubles)
         except Illegal as illegal:
-            return Refusal(decision.node, illegal.code, illegal.reason, illegal.hint)
+            return Refusal(decision.at, illegal.code, illegal.reason, illegal.hint)
         region = Region(decision, {id(f.emit): f for f in numbers}, terms)
         refusal = certify(region, self.nodes, self.readings, doubles)
         if refusal is None and decision.node not in self.nodes:
@@ -142,7 +149,8 @@ class Pipeline:
         return refusal.code not in UNTOLD and any(n.name in self.readings.forms for n in near)
 
     def _label(self, name: str) -> str:
-        name = self.places.get(name, name)
+        decision = self.plan.decisions.get(name)
+        name = decision.at if decision else name
         return label_of(self.nodes[name]) if name in self.nodes else name
 
     def _told(self, refusal: Refusal) -> Refusal:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 
 from fxrep.affine import Equal
 from fxrep.errors import Refusal
@@ -76,10 +76,3 @@ class Plan:
             is_term = source in self.decisions and self.decisions[source].at != source
             found |= dict.fromkeys(self.sources(source) if is_term else [source])
         return list(found)
-
-    def without(self, node: str, restored: Collection[str]) -> Plan:
-        """The plan with one decision taken back, and the values `restored` that its node is computed from."""
-        kept = {n: d for n, d in self.decisions.items() if n != node}
-        dropped = self.decisions[node]
-        after = self.seconds_after - dropped.seconds_after + dropped.seconds_before
-        return replace(self, decisions=kept, removed=self.removed - frozenset(restored), seconds_after=after)

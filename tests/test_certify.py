@@ -37,6 +37,20 @@ class Net(nn.Module):
         return self.second(private_op(self.first(x)).relu())
 
 
+class Pooled(nn.Module):
+    """Conv and BN, and an average of a 1x1 beside a convolution of as many taps."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(3, 4, 3, bias=True), nn.BatchNorm2d(4)
+        self.point, self.wide = nn.Conv2d(4, 4, 1, bias=False), nn.Conv2d(4, 4, 3, padding=1)
+        self.pool = nn.AvgPool2d(3, 1, padding=1, count_include_pad=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.norm(self.conv(x)).relu()
+        return self.pool(self.point(y)) + self.wide(y)
+
+
 @pytest.fixture
 def read_as() -> Iterator[Callable[..., None]]:
     """Registers a reader of the private op for one test, and says what the op really does."""
@@ -140,9 +154,7 @@ def test_a_mistake_in_a_reader_of_ours_is_caught(
     monkeypatch: pytest.MonkeyPatch, target: type, wrong: Callable[..., object]
 ):
     monkeypatch.setitem(registry._READERS, target, wrong)
-    pool = nn.AvgPool2d(3, 1, padding=1, count_include_pad=False)
-    conv = nn.Conv2d(3, 4, 3, bias=True)
-    model = randomise(nn.Sequential(conv, nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 4, 1, bias=False), pool)).double()
+    model = randomise(Pooled()).double()
     result = fxrep.reparameterize(model)
     assert error_against_original(result, model, image()) < 1e-12
     assert "certificate-failed" in {r.code for r in result.report.refusals}

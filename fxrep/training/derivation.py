@@ -57,9 +57,8 @@ def target(model: nn.Module, example_inputs: Examples = None) -> nn.Module:
     name = type(model).__name__
     pipeline = Pipeline(name, traced, examples, aim_of(model.parameters()), legal=Linear(traced.root))
     _tell_of_norms(pipeline)
-    for refusal in [*_tied(pipeline), *by_present_values(pipeline)]:
-        if refusal.node in pipeline.plan.decisions:
-            pipeline.decline(refusal)
+    while refused := [*by_present_values(pipeline), *_tied(pipeline)]:
+        pipeline.decline(refused)
     collapsed, report = pipeline.rewrite()
     rules = tuple(_rules(pipeline, collapsed))
     return _ruled(finished(collapsed, traced.root, model, before, told_of_kept(report, traced)), model, rules)
@@ -112,7 +111,7 @@ def by_present_values(pipeline: Pipeline) -> Iterator[Refusal]:
             terms[decision.node] = region
         if refusal is not None:
             fact = f"with other numbers in what trains, {refusal.reason}"
-            yield Refusal(decision.node, "holds-by-value", fact)
+            yield Refusal(decision.at, "holds-by-value", fact)
 
 
 class _Elsewhere(Doubles):
@@ -150,7 +149,7 @@ def _tied(pipeline: Pipeline) -> Iterator[Refusal]:
         shared = [t for t in _trained(decision) if ledger.is_read_elsewhere(t)]
         if shared:
             fact = f"{names.get(id(shared[0]), 'a parameter')} is read elsewhere too, and trains by both gradients"
-            yield Refusal(decision.node, "tied-parameters", fact)
+            yield Refusal(decision.at, "tied-parameters", fact)
 
 
 def _trained(decision: Decision) -> list[Tensor]:

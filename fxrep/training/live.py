@@ -51,8 +51,8 @@ def online(model: nn.Module, example_inputs: Examples = None) -> nn.Module:
     if isinstance(traced, Refusal):
         return restore_modes(untraced(model, traced), model)
     pipeline = Pipeline(type(model).__name__, traced, examples, aim_of(model.parameters()), legal=Live(traced.root))
-    for refusal in list(by_present_values(pipeline)):
-        pipeline.decline(refusal)
+    while refused := list(by_present_values(pipeline)):
+        pipeline.decline(refused)
     result, report = pipeline.rewrite(writer=OnlineRewriter)
     _restore_owners(result, dict(traced.root.named_modules()))
     return restore_modes(finished(result, traced.root, model, before, told_of_kept(report, traced)), model)
