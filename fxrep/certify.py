@@ -43,6 +43,11 @@ class Region:
         return (self.terms[s] for s in self.decision.recipe.form.sources if s in self.terms)
 
     @property
+    def replaced(self) -> set[str]:
+        """The nodes of the graph that it and its terms stand for."""
+        return set(self.decision.replaced).union(*(t.replaced for t in self.inner))
+
+    @property
     def sources(self) -> set[str]:
         """The values of the graph that it is computed from."""
         own = set(self.decision.recipe.form.sources) - set(self.terms)
@@ -263,7 +268,7 @@ class _Interpreter:
 
     def __init__(self, region: Region, nodes: Mapping[str, Node], readings: Readings, doubles: Doubles) -> None:
         self.nodes, self.readings, self.doubles = nodes, readings, doubles
-        self.inside, self.sources = set(region.decision.replaced), region.sources
+        self.inside, self.sources = region.replaced, region.sources
 
     def restart(self, draw: Callable[[str], Tensor]) -> None:
         """Forgets the values."""

@@ -234,10 +234,11 @@ class Effort(NamedTuple):
     macs: float
     weights: float
 
-    def __str__(self) -> str:
-        """Like `2 layers, 1 additions, 7225344 multiply-adds, 2304 weights`."""
+    def beyond(self, other: Effort) -> str:
+        """What of it is more, like `7,225,344 multiply-adds (apart 1,024)`."""
         names = "layers", "additions", "multiply-adds", "weights"
-        return ", ".join(f"{value:.0f} {name}" for value, name in zip(self, names, strict=True))
+        more = ((a, b, name) for a, b, name in zip(self, other, names, strict=True) if a > b * (1 + ROUNDING))
+        return ", ".join(f"{a:,.0f} {name} (apart {b:,.0f})" for a, b, name in more)
 
     def exceeds(self, other: Effort) -> bool:
         return any(a > b * (1 + ROUNDING) for a, b in zip(self, other, strict=True))

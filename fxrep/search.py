@@ -23,6 +23,7 @@ from fxrep.state import Candidate, State
 
 TOLERANCE = 1e-9  # relative; below it two costs are a tie
 MOST_STEPS = 64  # of one cone: an affine region this long without a merge that pays is left as it is
+APART = "nothing, they are better apart"
 MOST_DETOURS = 4  # around values of a cone that no operator computes
 
 
@@ -177,7 +178,8 @@ class _Search:
         whole = self.state.effort(node, candidate.recipe)
         if not whole.exceeds(apart):
             return False
-        self._refuse(node, "costs-more", f"as one {candidate.recipe.describe()} it would need {whole}, apart {apart}")
+        fact = f"as one {candidate.recipe.describe()} it would need {whole.beyond(apart)}"
+        self._refuse(node, "costs-more", fact, APART)
         return True
 
     def _candidates(self, node: str) -> Iterable[Candidate]:

@@ -233,13 +233,23 @@ class State:
 
     def _decision(self, node: str, folded_back: set[str]) -> Decision:
         recipe, seconds = self._whole(node, folded_back)
-        inlined = tuple(sorted((i for i in self.inlined[node] if i not in self.hosts), key=self._order))
+        within = [node, *self._folded_back(node, folded_back)]
+        names = {i for n in within for i in self.inlined[n] if i not in self.hosts and i != node}
+        inlined = tuple(sorted(names, key=self._order))
+        equal = tuple({id(e): e for n in within for e in self.equal.get(n, ())}.values())
         if node in self.hosts:  # what it takes is counted with what reads it
-            return Decision(node, recipe, inlined, self.hosts[node], 0.0, 0.0, self.equal[node])
+            return Decision(node, recipe, inlined, self.hosts[node], 0.0, 0.0, equal)
         terms = (n for n in recipe.form.sources if n in self.hosts and min(self.readers[n], key=self._order) == node)
         seconds += sum(self.seconds[n] for n in terms)
         before = sum(self.original[i] for i in (node, *inlined) if i in self.removed or i == node)
-        return Decision(node, recipe, inlined, node, before, seconds, self.equal.get(node, ()))
+        return Decision(node, recipe, inlined, node, before, seconds, equal)
+
+    def _folded_back(self, node: str, folded_back: set[str]) -> Iterator[str]:
+        """The terms that are in the value again, and theirs."""
+        for source in self.sources(node):
+            if source in folded_back:
+                yield source
+                yield from self._folded_back(source, folded_back)
 
     def _order(self, node: str) -> float:
         return self.order[node]

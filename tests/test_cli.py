@@ -33,7 +33,7 @@ class Net(nn.Module):
 class Cross(nn.Module):
     def __init__(self):
         super().__init__()
-        self.tall, self.wide = nn.Conv2d(3, 3, (3, 1), padding=(1, 0)), nn.Conv2d(3, 3, (1, 3), padding=(0, 1))
+        self.tall, self.wide = nn.Conv2d(3, 3, (5, 3), padding=(2, 1)), nn.Conv2d(3, 3, (3, 5), padding=(1, 2))
 
     def forward(self, x):
         return self.tall(x) + self.wide(x)
