@@ -259,12 +259,15 @@ def _is_float(leaf: K.Leaf) -> bool:
     return leaf.tensor.is_floating_point() or leaf.tensor.is_complex()
 
 
-def _as_stored(kernel: Kernel) -> Tensor:
-    """In the dtype of the parameters that it is computed from, as the forward would have it."""
+def _as_stored(kernel: Kernel) -> Any:
+    """In the dtype of the parameters that it is computed from, as the forward would have it; of several, a tuple."""
     if isinstance(kernel, K.Leaf):
         return kernel.tensor
+    value: Any = evaluate(kernel)
     first = next(K.leaves(kernel), None)
-    return evaluate(kernel) if first is None else evaluate(kernel).to(first.tensor.dtype)
+    if first is None:
+        return value
+    return tuple(v.to(first.tensor.dtype) for v in value) if isinstance(value, tuple) else value.to(first.tensor.dtype)
 
 
 def attribute_of(root: nn.Module, target: str) -> Any:
