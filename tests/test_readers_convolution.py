@@ -114,7 +114,7 @@ PADS = [
     Case("constant pad 3d", sequence(nn.ConstantPad3d(1, 0.5), valid(3, dims=3), conv(1, dims=3)), "c1", image(dims=3)),
     *(
         Case(f"{kind} pad {d}d", sequence(getattr(nn, f"{kind}Pad{d}d")(1), valid(3, dims=d)), "c1", image(dims=d))
-        for kind in ("Reflection", "Replication") for d in DIMS
+        for kind in ("Reflection", "Replication", "Circular") for d in DIMS
     ),
     Case("pad, pad, crop, pad", sequence(
         *(nn.ZeroPad2d(p) for p in (1, (1, 0, 2, 1), (0, -1, -1, 0), (0, 1, 0, 1))), valid(3), bn()

@@ -190,7 +190,7 @@ PADS = (
     F.pad, aten.constant_pad_nd.default,
     nn.ZeroPad1d, nn.ZeroPad2d, nn.ZeroPad3d, nn.ConstantPad1d, nn.ConstantPad2d, nn.ConstantPad3d,
     nn.ReflectionPad1d, nn.ReflectionPad2d, nn.ReflectionPad3d, nn.ReplicationPad1d, nn.ReplicationPad2d,
-    nn.ReplicationPad3d,
+    nn.ReplicationPad3d, nn.CircularPad1d, nn.CircularPad2d, nn.CircularPad3d,
 )  # fmt: skip
 
 
@@ -236,6 +236,11 @@ def read_reflection_pad(at: Call, module: Any) -> AffineForm:
 @reader(nn.ReplicationPad1d, nn.ReplicationPad2d, nn.ReplicationPad3d)
 def read_replication_pad(at: Call, module: Any) -> AffineForm:
     return _pad(at, at.first, module.padding, "replicate", 0.0)
+
+
+@reader(nn.CircularPad1d, nn.CircularPad2d, nn.CircularPad3d)
+def read_circular_pad(at: Call, module: Any) -> AffineForm:
+    return _pad(at, at.first, module.padding, "circular", 0.0)
 
 
 def _pad(at: Call, x: Any, pad: Any, mode: str, value: float) -> AffineForm:
