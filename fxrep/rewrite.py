@@ -125,8 +125,16 @@ class Rewriter:
         scope = f"{_common_scope(replaced, set())}."
         stack = replaced[-1].meta.get("nn_module_stack") or {}
         for node in islice(reversed(self.new.nodes), len(self.new.nodes) - before):
-            node.meta["nn_module_stack"] = {k: v for k, v in stack.items() if not v[0] or scope.startswith(f"{v[0]}.")}
+            around = {k: v for k, v in stack.items() if not v[0] or scope.startswith(f"{v[0]}.")}
+            node.meta["nn_module_stack"] = around | self._own_scope(node)
         return value
+
+    def _own_scope(self, node: Node) -> dict[str, tuple[str, str]]:
+        """What says of a layer that it is one: quantisers look for it."""
+        if node.op != "call_module":
+            return {}
+        name, kind = str(node.target), type(self._attribute(str(node.target)))
+        return {name: (name, f"{kind.__module__}.{kind.__qualname__}")}
 
     def _decision(self, decision: Decision) -> Node:
         parts = [self._sum(part, decision) for part in decision.recipe.parts]
