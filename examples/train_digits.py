@@ -8,7 +8,6 @@ import argparse
 import json
 import statistics
 from collections.abc import Iterator
-from pathlib import Path
 
 import torch
 from digits import BATCH, Data, accuracy, fit, load, stored_bytes, vgg
@@ -57,7 +56,6 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--epochs", type=int, default=1)
-    parser.add_argument("--output", type=Path, help="a JSON file for all numbers, and the scales")
     args = parser.parse_args()
     train, test = load()
     scales = search(train, args.epochs)
@@ -69,8 +67,6 @@ def main() -> None:
     columns = list(rows["VGG"][0])
     table = [[name, *(spread([run[c] for run in runs]) for c in columns)] for name, runs in rows.items()]
     print(tabulate(table, ["", *columns], disable_numparse=True))
-    if args.output:
-        args.output.write_text(json.dumps({"rows": rows, "scales": scales}, indent=1))
 
 
 def spread(values: list[float]) -> str:
