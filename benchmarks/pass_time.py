@@ -24,7 +24,9 @@ from torch import Tensor, nn
 from torch.fx.experimental.optimization import fuse
 
 import fxrep
+from fxrep.bench.memory import peak_bytes
 
+CPU = torch.device("cpu")
 #: by network: at most so many times timm's time (None: timm has no such form)
 NETWORKS: Mapping[str, float | None] = {"repvgg_a0": 2, "fastvit_t8": 2, "mobileone_s0": 3, "resnet152": None}
 DEPTHS = (10, 100, 1000)
@@ -90,25 +92,12 @@ def growth(rounds: int) -> str:
     return tabulate(rows, ("blocks", "fxrep s", "per block, to the shallowest"), disable_numparse=True)
 
 
-def peak_bytes(call: Callable[[], Any]) -> int:
-    """The most that was allocated at once during a call, on top of what there was."""
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-        kept = call()
-    events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
-    used = peak = 0
-    for event in sorted(events, key=lambda e: e.start_ns()):
-        used += event.nbytes()
-        peak = max(peak, used)
-    del kept
-    return peak
-
-
 def memory() -> str:
     rows = []
     for name in NETWORKS:
         weights = sum(t.nbytes for t in build(name).state_dict().values())
-        copied = peak_bytes(partial(fxrep.reparameterize, build(name))) / weights
-        inplace = peak_bytes(partial(fxrep.reparameterize, build(name), inplace=True)) / weights
+        copied = peak_bytes(partial(fxrep.reparameterize, build(name)), CPU) / weights
+        inplace = peak_bytes(partial(fxrep.reparameterize, build(name), inplace=True), CPU) / weights
         rows.append((name, f"{weights / 1e6:.1f} MB", f"{copied:.2f} (≤ 1.2)", f"{inplace:.2f} (≤ 0.2)"))
     return tabulate(rows, ("network", "weights", "extra, copied", "extra, in place"), disable_numparse=True)
 

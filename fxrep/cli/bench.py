@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from contextlib import redirect_stdout
 from typing import Any
@@ -54,6 +55,7 @@ def add(commands: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     tqdm = load_extra("tqdm", "bench").tqdm
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # torch's profiler, which tells the peaks, writes of every start
     if args.plot:
         load_extra("matplotlib", "bench")
     from fxrep.bench import ENGINES, FORMS, Setting, bench
