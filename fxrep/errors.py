@@ -18,7 +18,7 @@ CODES: dict[str, str] = {
     "batch-statistics": "a normalisation uses the statistics of the batch, which are not constants",
     "broadcast": "an operand would broadcast, so the operator is not one convolution per channel",
     "certificate-failed": "the fold did not reproduce the sub-graph it replaces: a bug in fxrep or in a reader",
-    "costs-more": "the merged operator is predicted slower than the parts",
+    "costs-more": "the merged operator is predicted slower than the parts, or has more to do",
     "device-mismatch": "the parameters live on different devices",
     "dtype-unknown": "the folded weights would be constants of a dtype that nothing tells",
     "dynamic-padding": "the padding depends on the input's size",
