@@ -25,8 +25,7 @@ def load() -> tuple[Data, Data]:
 
 def vgg(widths: tuple[int, ...] = (16, 32), depths: tuple[int, ...] = (3, 5)) -> nn.Sequential:
     """3x3 convolutions, each with batch norm and ReLU; every stage but the first halves the map."""
-    layers: list[nn.Module] = []
-    channels = 1
+    layers, channels = list[nn.Module](), 1
     for stage, (width, depth) in enumerate(zip(widths, depths, strict=True)):
         for block in range(depth):
             stride = 2 if stage and not block else 1
@@ -57,8 +56,7 @@ def fit(net: nn.Module, data: Data, epochs: int, title: str, wrap: Callable[...,
 
 def shifted(x: Tensor) -> Tensor:
     """The batch moved by up to one pixel along each axis."""
-    down, right = (int(n) for n in torch.randint(-1, 2, (2,)))
-    return x.roll((down, right), (2, 3))
+    return x.roll(tuple(torch.randint(-1, 2, (2,)).tolist()), (2, 3))
 
 
 @torch.no_grad()

@@ -31,18 +31,20 @@ def median_seconds(nets: Sequence[nn.Module], x: Tensor, rounds: int = 11) -> li
     times: list[list[float]] = [[] for _ in nets]
     for _ in range(rounds + 1):
         for net, taken in zip(nets, times, strict=True):
-            taken.append(_seconds(net, x))
+            start = time.perf_counter()
+            net(x)
+            if x.is_cuda:
+                torch.cuda.synchronize()
+            taken.append(time.perf_counter() - start)
     return [statistics.median(taken[1:]) for taken in times]  # the first round warms up
 
 
 def peak_bytes(net: nn.Module, x: Tensor) -> int:
     """Peak of the memory that a forward takes on top of weights and input.
 
-    On CUDA it is the allocator's own count, so workspaces of kernels are in it. On a CPU it counts the tensors that
-    are alive at once, so scratch inside a kernel is not in it: compare before with after, not CUDA with CPU.
+    On CUDA the allocator's own count, workspaces of kernels included; on a CPU the tensors that are alive at once.
     """
     if x.is_cuda:
-        torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
         held = torch.cuda.memory_allocated()
         net(x)
@@ -50,19 +52,6 @@ def peak_bytes(net: nn.Module, x: Tensor) -> int:
     with _LiveTensors() as live:
         net(x)
     return live.peak
-
-
-def _seconds(net: nn.Module, x: Tensor) -> float:
-    _synchronize(x)
-    start = time.perf_counter()
-    net(x)
-    _synchronize(x)
-    return time.perf_counter() - start
-
-
-def _synchronize(x: Tensor) -> None:
-    if x.is_cuda:
-        torch.cuda.synchronize()
 
 
 class _LiveTensors(TorchDispatchMode):
