@@ -38,6 +38,10 @@ class Region:
     terms: Mapping[str, Region]
 
     @property
+    def numbers(self) -> list[Folded]:
+        return list(self.folded.values())
+
+    @property
     def inner(self) -> Iterator[Region]:
         """The terms that it reads."""
         return (self.terms[s] for s in self.decision.recipe.form.sources if s in self.terms)

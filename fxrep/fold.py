@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from math import gcd
 from typing import Any
 
@@ -176,20 +176,13 @@ def value_of(
     """What the recipe gives on numbers, in float64."""
     dims, parts = recipe.dims or 0, []
     for part in recipe.parts:
-        whole = ((e, _whole(folded[id(e)], doubles)) for e in part)
-        terms = [run_emit(e, *f.proof, f.fill, values(e.anchor), dims) for e, f in whole]
+        terms = []
+        for emit in part:
+            f = folded[id(emit)]
+            weight, bias = in_layout(emit, lambda k, f=f: evaluate(k, doubles).to(f.like.device))  # type: ignore[misc]
+            terms.append(run_emit(emit, weight, bias, f.fill, values(emit.anchor), dims))
         parts.append(sum(terms[1:], terms[0]))
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-dims - 1)
-
-
-def _whole(folded: Folded, doubles: Doubles) -> Folded:
-    """With the weights themselves for a proof."""
-    operator = folded.emit.operator
-    if operator is None:
-        return folded
-    weight = evaluate(operator.weight, doubles).to(folded.like.device)
-    bias = None if operator.bias is None else evaluate(operator.bias, doubles).to(folded.like.device)
-    return replace(folded, proof=(columns_first(weight, operator.groups) if operator.transposed else weight, bias))
 
 
 def sketch_of(part: Sequence[Emit]) -> tuple[int, int] | None:

@@ -236,12 +236,14 @@ class Effort(NamedTuple):
 
     def beyond(self, other: Effort) -> str:
         """What of it is more, like `7,225,344 multiply-adds (apart 1,024)`."""
-        names = "layers", "additions", "multiply-adds", "weights"
-        more = ((a, b, name) for a, b, name in zip(self, other, names, strict=True) if a > b * (1 + ROUNDING))
-        return ", ".join(f"{a:,.0f} {name} (apart {b:,.0f})" for a, b, name in more)
+        return ", ".join(f"{a:,.0f} {name} (apart {b:,.0f})" for a, b, name in self._more(other))
 
     def exceeds(self, other: Effort) -> bool:
-        return any(a > b * (1 + ROUNDING) for a, b in zip(self, other, strict=True))
+        return any(True for _ in self._more(other))
+
+    def _more(self, other: Effort) -> Iterator[tuple[float, float, str]]:
+        names = "layers", "additions", "multiply-adds", "weights"
+        return (row for row in zip(self, other, names, strict=True) if row[0] > row[1] * (1 + ROUNDING))
 
 
 def total(efforts: Iterable[Effort]) -> Effort:
@@ -299,7 +301,7 @@ class Pricer:
         elements = float(prod(read))
         if rows is not None:
             elements *= len(rows) / max(read[-dims - 1], 1)
-            if rows != tuple(range(rows[0], rows[0] + len(rows))) or (emit.dense and prod(read[: -dims - 1]) > 1):
+            if not emit.anchor.is_slice or (emit.dense and prod(read[: -dims - 1]) > 1):
                 yield Work(elements=2 * elements, steps=1)
         if emit.is_pass:
             return

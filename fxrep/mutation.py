@@ -18,6 +18,7 @@ from torch._ops import OpOverload
 from torch.fx import Graph, Node
 
 from fxrep.readers import base_name, canonical, is_hooked
+from fxrep.readers.arithmetic import DROPOUTS, FUNCTIONAL_DROPOUTS, drops
 from fxrep.readers.borders import assigned
 from fxrep.readers.walk import writes
 
@@ -38,16 +39,7 @@ FUNCTIONS: dict[Any, Any] = {
     torch.nn.functional.hardtanh_: torch.nn.functional.hardtanh, torch.nn.functional.selu_: torch.nn.functional.selu,
     operator.setitem: assigned,
 }  # fmt: skip
-IDENTITY_MODULES = (
-    nn.Identity,
-    nn.Dropout,
-    nn.Dropout1d,
-    nn.Dropout2d,
-    nn.Dropout3d,
-    nn.AlphaDropout,
-    nn.FeatureAlphaDropout,
-)
-FUNCTIONAL_DROPOUTS = (torch.nn.functional.dropout, torch.nn.functional.dropout2d, torch.dropout)
+IDENTITY_MODULES = (nn.Identity, *DROPOUTS)
 #: Ops whose result is the operand itself, entry for entry. Not "contiguous" or "to", which may copy.
 SAME_ENTRIES: tuple[Any, ...] = (
     "detach", torch.detach, "view_as", torch.ops.aten.alias.default, *IDENTITY_MODULES,
@@ -256,10 +248,10 @@ def _origin(node: Node, modules: dict[str, nn.Module]) -> Node:
 
 
 def _draws(node: Node, modules: dict[str, nn.Module]) -> bool:
-    """Whether a dropout drops something, as one in training mode does: its result is not its operand then."""
+    """Whether it is a dropout that drops something."""
     if node.op == "call_module":
         module = modules[str(node.target)]
-        return module.training and getattr(module, "p", 0) != 0
+        return type(module) in DROPOUTS and drops(module)
     given = {**dict(zip(("input", "p", "training"), node.args, strict=False)), **node.kwargs}
     is_dropout = canonical(node.target) in FUNCTIONAL_DROPOUTS
     return is_dropout and given.get("training", given.get("train", True)) is not False

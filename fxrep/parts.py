@@ -25,6 +25,11 @@ class Anchor:
     rows: Ints | None = None
     slot: int = 0
 
+    @property
+    def is_slice(self) -> bool:
+        """Whether its channels lie side by side, in order."""
+        return self.rows is None or self.rows == tuple(range(self.rows[0], self.rows[0] + len(self.rows)))
+
     def narrowed(self, columns: Ints | None) -> Anchor:
         if columns is None:
             return self

@@ -72,7 +72,8 @@ class Pipeline:
         parameters = parameter_names(self.traced.root)
         for decision in self.plan.decisions.values():
             shown |= pictures(decision, parameters) if len(shown) < MOST_PICTURES else {}
-            own = ledger.settle(decision, self._numbers(decision, Doubles())) if ledger else numbers[decision.node]
+            own = numbers.get(decision.node) or self.region(decision, {}, Doubles()).numbers
+            own = ledger.settle(decision, own) if ledger else own
             folded |= {id(f.emit): f for f in own}
         rewriter = writer(self.graph, self.plan, self.readings, self.modules, folded)
         collapsed = rewriter.write(self.name)
@@ -89,11 +90,14 @@ class Pipeline:
             for decision in self.plan.decisions.values():
                 if any(s not in self.nodes and s not in terms for s in decision.recipe.form.sources):
                     continue  # a term of it is refused already
-                found = self._fold(decision, terms)
+                found = self._certified_region(decision, terms)
                 if isinstance(found, Refusal):
                     refused.append(found)
-                elif keep:
-                    numbers[decision.node] = found
+                    continue
+                if decision.node not in self.nodes:
+                    terms[decision.node] = found
+                if keep:
+                    numbers[decision.node] = found.numbers
             if not refused:
                 return numbers
             self.decline(refused)
@@ -101,21 +105,21 @@ class Pipeline:
     def ledger(self) -> Ledger:
         return Ledger(self.traced.root, self.nodes, self.modules, self.plan, self.readings.facts.constants)
 
-    def _numbers(self, decision: Decision, doubles: Doubles) -> list[Folded]:
-        return [fold(e, doubles, self.like) for e in decision.recipe.emits]
+    def region(self, decision: Decision, terms: Mapping[str, Region], doubles: Doubles) -> Region:
+        """The decision folded, on leaves of those values. Raises Illegal where that cannot be."""
+        return Region(decision, {id(e): fold(e, doubles, self.like) for e in decision.recipe.emits}, terms)
 
-    def _fold(self, decision: Decision, terms: dict[str, Region]) -> list[Folded] | Refusal:
+    def certify(self, region: Region, doubles: Doubles) -> Refusal | None:
+        return certify(region, self.nodes, self.readings, doubles)
+
+    def _certified_region(self, decision: Decision, terms: Mapping[str, Region]) -> Region | Refusal:
         """The decision's numbers in float64, certified."""
         doubles = Doubles()
         try:
-            numbers = self._numbers(decision, doubles)
+            region = self.region(decision, terms, doubles)
         except Illegal as illegal:
             return Refusal(decision.at, illegal.code, illegal.reason, illegal.hint)
-        region = Region(decision, {id(f.emit): f for f in numbers}, terms)
-        refusal = certify(region, self.nodes, self.readings, doubles)
-        if refusal is None and decision.node not in self.nodes:
-            terms[decision.node] = region
-        return refusal or numbers
+        return self.certify(region, doubles) or region
 
     def _report(self, after: dict[str, int], shown: Mapping[int, Picture] | None = None) -> Report:
         """The plan in the user's names."""

@@ -179,7 +179,7 @@ class Rewriter:
         if anchor.rows is None:
             return value
         rows, axis = anchor.rows, -(decision.recipe.dims or 0) - 1
-        if rows == tuple(range(rows[0], rows[0] + len(rows))):
+        if anchor.is_slice:
             view = self.new.call_function(torch.narrow, (value, axis, rows[0], len(rows)))
             return self.new.call_method("contiguous", (view,)) if folded.emit.dense else view
         holder = nn.Module()

@@ -159,7 +159,7 @@ class _Search:
             fewer = steps + sum(state.recipes[g].steps for g in candidate.gone) - candidate.steps
             if fewer <= 0 or not _is_float(candidate.recipe) or self._grows(node, candidate):
                 continue
-            saved = state.saved(node, candidate)
+            saved = state.saved((node, *candidate.gone), node, candidate.recipe, candidate.cost)
             if abs(saved) <= TOLERANCE * max(cost, candidate.cost):
                 saved = 0.0  # a tie goes to fewer operators
             if (saved, fewer) > margin:

@@ -86,4 +86,7 @@ def _pays(state: State, members: Sequence[str], stacked: Recipe) -> bool:
     """Whether what is saved is more than what the views cost: their launches, and their copies."""
     profile = state.pricer.aim.profile
     views = zip(members, _views(state, members), strict=True)
-    return state.saved_by(members, stacked) > sum(state.cost(m, view) + profile.view for m, view in views)
+    name = state.shared_name(members)
+    return state.saved(members, name, stacked, state.cost(name, stacked)) > sum(
+        state.cost(m, view) + profile.view for m, view in views
+    )

@@ -11,7 +11,6 @@ from fxrep.affine import Equal
 from fxrep.cost import Aim
 from fxrep.errors import Refusal
 from fxrep.form import AffineForm
-from fxrep.kernel import Kernel
 from fxrep.lower import Effort, Emit, Job, Pricer, Recipe, Sizes
 from fxrep.parts import ONE, Anchor, Gain, Part, Term, keep_apart
 from fxrep.plan import Decision, Plan, Problem
@@ -73,23 +72,13 @@ class State:
     def cost(self, node: str, recipe: Recipe) -> float:
         return self.pricer.cost(recipe, self.shapes[node], self.shapes.__getitem__)
 
-    def saved(self, node: str, candidate: Candidate) -> float:
-        """What the candidate costs less than what it replaces; measured where the prediction is unsure."""
-        replaced = (node, *candidate.gone)
+    def saved(self, replaced: Sequence[str], node: str, recipe: Recipe, cost: float) -> float:
+        """What a recipe costs less than the values that it replaces; measured where the prediction is unsure."""
         before, aim = [self.costs[n] for n in replaced], self.pricer.aim
-        saved = fsum((*before, -candidate.cost))
+        saved = fsum((*before, -cost))
         if aim.trial is None or not aim.is_unsure(saved, fsum(before)):
             return saved
-        measured = aim.trial([self._job(n, self.recipes[n]) for n in replaced], [self._job(node, candidate.recipe)])
-        return saved if measured is None else measured
-
-    def saved_by(self, members: Sequence[str], stacked: Recipe) -> float:
-        """What one layer in the place of several costs less; measured where the prediction is unsure."""
-        before, aim, name = [self.costs[m] for m in members], self.pricer.aim, self.shared_name(members)
-        saved = fsum((*before, -self.cost(name, stacked)))
-        if aim.trial is None or not aim.is_unsure(saved, fsum(before)):
-            return saved
-        measured = aim.trial([self._job(m, self.recipes[m]) for m in members], [self._job(name, stacked)])
+        measured = aim.trial([self._job(n, self.recipes[n]) for n in replaced], [self._job(node, recipe)])
         return saved if measured is None else measured
 
     def share(self, members: Sequence[str], stacked: Recipe, views: Sequence[Recipe]) -> None:
@@ -196,7 +185,7 @@ class State:
         self.inlined[name] = tuple(dict.fromkeys((*self.inlined[node], node)))
         self.equal[name] = self.equal.get(node, ())
         anchor = replace(emit.anchor, slot=0)
-        form = AffineForm((Part({anchor: _term_of(emit, part.channels, dims)}, _bias_of(emit), part.channels),), dims)
+        form = AffineForm((Part({anchor: _term_of(emit, part.channels, dims)}, emit.kernels[1], part.channels),), dims)
         self._set(name, Recipe(form, ((replace(emit, anchor=anchor),),)))
         self.readers.setdefault(anchor.source, set()).add(name)
         return Emit(Anchor(name))
@@ -215,7 +204,7 @@ class State:
 
     def plan(self, refusals: Iterable[Refusal]) -> Plan:
         """What was decided, with the terms back in the values that they are terms of."""
-        folded_back = {n for n in self.hosts if n not in self.removed and self._only_passed_to(n) is not None}
+        folded_back = {n for n in self.hosts if n not in self.removed and self._is_only_passed_on(n)}
         decided = sorted((n for n in self.inlined if n not in self.removed and n not in folded_back), key=self._order)
         decisions = {n: self._decision(n, folded_back) for n in decided}
         gone = frozenset(n for n in self.removed if n not in self.hosts)
@@ -223,13 +212,13 @@ class State:
         kept = tuple(r for r in refusals if r.node not in self.removed and r.node not in self.hosts)
         return Plan(decisions, gone, kept, sum(self.original.values()), after)
 
-    def _only_passed_to(self, term: str) -> str | None:
-        """The one decision that reads the term, if it is a term of its sum as it is."""
+    def _is_only_passed_on(self, term: str) -> bool:
+        """Whether one decision alone reads the term, as a term of its sum as it is."""
         (reader, *others) = self.readers[term] or {""}
         if others or reader not in self.inlined or len(self.recipes[term].parts) > 1:
-            return None
+            return False
         emits = [e for e in self.recipes[reader].emits if e.anchor.source == term]
-        return reader if len(emits) == 1 and emits[0].is_pass and emits[0].anchor.rows is None else None
+        return len(emits) == 1 and emits[0].is_pass and emits[0].anchor.rows is None
 
     def _decision(self, node: str, folded_back: set[str]) -> Decision:
         recipe, seconds = self._whole(node, folded_back)
@@ -279,7 +268,3 @@ def _term_of(emit: Emit, channels: int | None, dims: int | None) -> Term:
     if not emit.gain.shape or channels is None:
         return Gain(emit.gain)
     return affine.diagonal(emit.gain, channels, dims or 0)
-
-
-def _bias_of(emit: Emit) -> Kernel | None:
-    return emit.bias if emit.operator is None else emit.operator.bias

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from fxrep.fold import empty_layer, pad_arguments, pad_mode
 from fxrep.lower import Emit, Job, needs_explicit_pad
@@ -69,7 +69,7 @@ class Trials:
         apply = self._scale(emit, dims) if emit.operator is None or emit.is_pad else self._layer(emit)
         if rows is None:
             return lambda: apply(x)
-        if rows == tuple(range(rows[0], rows[0] + len(rows))):
+        if emit.anchor.is_slice:
             return lambda: apply(x.narrow(-dims - 1, rows[0], len(rows)))
         index = torch.tensor(rows, device=self.device)
         return lambda: apply(x.index_select(-dims - 1, index))
@@ -96,19 +96,11 @@ class Trials:
             parameter.copy_(self._drawn(tuple(parameter.shape)))
         if not needs_explicit_pad(emit.operator):
             return layer
-        return nn.Sequential(_Padding(_padding(emit)), layer)
+        pad = _padding(emit)
+        return lambda x: layer(pad(x))
 
     def _drawn(self, shape: tuple[int, ...]) -> Tensor:
         return torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(self.device, self.dtype)
-
-
-class _Padding(nn.Module):
-    def __init__(self, pad: Callable[[Tensor], Tensor]) -> None:
-        super().__init__()
-        self.pad = pad
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.pad(x)
 
 
 def _padding(emit: Emit) -> Callable[[Tensor], Tensor]:

@@ -76,15 +76,24 @@ def read_identity(at: Call, module: nn.Module | None = None) -> AffineForm:
     return at.operand()
 
 
-@reader(nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
+DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
+FUNCTIONAL_DROPOUTS = (torch.nn.functional.dropout, torch.nn.functional.dropout2d, torch.dropout)
+
+
+def drops(module: Any) -> bool:
+    """Whether a dropout drops something, as one in training mode does: its result is not its operand then."""
+    return module.training and module.p > 0
+
+
+@reader(*DROPOUTS)
 def read_dropout(at: Call, module: Any) -> AffineForm:
     """The identity in eval mode."""
-    if module.training and module.p > 0:
+    if drops(module):
         raise Illegal("random", "it is in training mode")
     return at.operand()
 
 
-@reader(torch.nn.functional.dropout, torch.nn.functional.dropout2d, torch.dropout)
+@reader(*FUNCTIONAL_DROPOUTS)
 def read_functional_dropout(at: Call) -> AffineForm:
     x, _p, training, _inplace = at.bind("input p training inplace", p=0.5, training=True, inplace=False)
     if training is not False:

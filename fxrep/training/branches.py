@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-CONVOLVE = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
+from fxrep.fold import CONVOLVE
+
 NORMS = {1: nn.BatchNorm1d, 2: nn.BatchNorm2d, 3: nn.BatchNorm3d}
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -12,20 +12,21 @@ from torch.fx import GraphModule
 
 from fxrep import kernel as K
 from fxrep.api import Examples, aim_of, bind_examples, check_model, finished
-from fxrep.certify import Region, certify
+from fxrep.certify import Region
 from fxrep.copying import structural_copy
 from fxrep.errors import FxrepError, Illegal, Refusal
 from fxrep.evaluation import Doubles
-from fxrep.fold import fold
 from fxrep.islands import unchanged_report
 from fxrep.pipeline import Pipeline
-from fxrep.plan import Decision
+from fxrep.plan import Decision, Legal
 from fxrep.refolding import Architecture
 from fxrep.report import Report
 from fxrep.rewrite import layer_names
 from fxrep.trace import Traced, trace, untraceable
 from fxrep.training.linear import Linear, names_of
 from fxrep.training.rules import Rule, derive
+
+TRAINS = "a target is derived from a network as it trains, and this one"
 
 
 def target(model: nn.Module, example_inputs: Examples = None) -> nn.Module:
@@ -46,43 +47,56 @@ def target(model: nn.Module, example_inputs: Examples = None) -> nn.Module:
     Raises:
         FxrepError: `model` is no module, or not in training mode.
     """
+    rules: list[Rule] = []
+
+    def write(pipeline: Pipeline) -> tuple[GraphModule, Report]:
+        _tell_of_norms(pipeline)
+        while refused := [*by_present_values(pipeline), *_tied(pipeline)]:
+            pipeline.decline(refused)
+        collapsed, report = pipeline.rewrite()
+        rules.extend(_rules(pipeline, collapsed))
+        return collapsed, report
+
+    result = rewritten_as_it_trains(model, example_inputs, TRAINS, Linear, write)
+    result.rules = tuple(rules)  # type: ignore[assignment]
+    return result
+
+
+def rewritten_as_it_trains(
+    model: nn.Module,
+    example_inputs: Examples,
+    told: str,
+    legal: Callable[[nn.Module], Legal],
+    write: Callable[[Pipeline], tuple[GraphModule, Report]],
+) -> nn.Module:
+    """What `write` makes of the network in its training mode, or a copy where its own forward must stay.
+
+    `legal` gives, for the traced root, the check of a recipe. Raises FxrepError, with what is `told`, for a model in
+    eval mode.
+    """
     model = check_model(model)
     if not model.training:
-        raise FxrepError("a target is derived from a network as it trains, and this one is in eval mode; call train()")
+        raise FxrepError(f"{told} is in eval mode; call train()")
     examples = bind_examples(model, example_inputs)
     before = Architecture.of(model)
-    traced = trace_as_it_trains(model, examples)
+    traced = _trace_as_it_trains(model, examples)
     if isinstance(traced, Refusal):
-        return _ruled(untraced(model, traced), model, ())
-    name = type(model).__name__
-    pipeline = Pipeline(name, traced, examples, aim_of(model.parameters()), legal=Linear(traced.root))
-    _tell_of_norms(pipeline)
-    while refused := [*by_present_values(pipeline), *_tied(pipeline)]:
-        pipeline.decline(refused)
-    collapsed, report = pipeline.rewrite()
-    rules = tuple(_rules(pipeline, collapsed))
-    return _ruled(finished(collapsed, traced.root, model, before, told_of_kept(report, traced)), model, rules)
+        root = structural_copy(model)
+        result = finished(root, root, model, before, unchanged_report(type(model).__name__, root, traced))
+    else:
+        aim = aim_of(model.parameters())
+        written, report = write(Pipeline(type(model).__name__, traced, examples, aim, legal=legal(traced.root)))
+        result = finished(written, traced.root, model, before, _told_of_kept(report, traced))
+    return _restore_modes(result, model)
 
 
-def _ruled(result: nn.Module, model: nn.Module, rules: tuple[Rule, ...]) -> nn.Module:
-    result.rules = rules  # type: ignore[assignment]
-    return restore_modes(result, model)
-
-
-def untraced(model: nn.Module, refusal: Refusal) -> nn.Module:
-    """A copy of a model whose own forward must stay, with a report that says so."""
-    root = structural_copy(model)
-    report = unchanged_report(type(model).__name__, root, refusal)
-    return finished(root, root, model, Architecture.of(root), report)
-
-
-def told_of_kept(report: Report, traced: Traced) -> Report:
+def _told_of_kept(report: Report, traced: Traced) -> Report:
     """The report with the modules that keep their own forward."""
     kept = tuple(untraceable(path, reason) for path, reason in traced.kept.items())
     return replace(report, refusals=(*kept, *report.refusals))
 
 
-def trace_as_it_trains(model: nn.Module, examples: dict[str, Any]) -> Traced | Refusal:
+def _trace_as_it_trains(model: nn.Module, examples: dict[str, Any]) -> Traced | Refusal:
     """The graph with every module in the mode that it has; refused where a forward does something else in eval mode."""
     root = structural_copy(model)
     for new, old in zip(root.modules(), model.modules(), strict=True):
@@ -102,11 +116,10 @@ def by_present_values(pipeline: Pipeline) -> Iterator[Refusal]:
     for decision in pipeline.plan.decisions.values():
         doubles = _Elsewhere()
         try:
-            numbers = [fold(e, doubles, pipeline.like) for e in decision.recipe.emits]
+            region = pipeline.region(decision, terms, doubles)
         except Illegal:
             continue  # the pipeline will say so
-        region = Region(decision, {id(f.emit): f for f in numbers}, terms)
-        refusal = certify(region, pipeline.nodes, pipeline.readings, doubles)
+        refusal = pipeline.certify(region, doubles)
         if decision.node not in pipeline.nodes:
             terms[decision.node] = region
         if refusal is not None:
@@ -174,7 +187,7 @@ def _rules(pipeline: Pipeline, collapsed: GraphModule) -> Iterator[Rule]:
             yield derive(emits, names, [tuple(made[n].shape) for n in names])
 
 
-def restore_modes(result: nn.Module, model: nn.Module) -> nn.Module:
+def _restore_modes(result: nn.Module, model: nn.Module) -> nn.Module:
     """The result as it trains: new layers in training mode, kept ones in the mode that they had."""
     result.train()
     modes = {name: module.training for name, module in model.named_modules()}

@@ -10,18 +10,20 @@ from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
 from fxrep import kernel as K
-from fxrep.api import Examples, aim_of, bind_examples, check_model, finished
-from fxrep.errors import FxrepError, Refusal
+from fxrep.api import Examples
+from fxrep.errors import FxrepError
 from fxrep.evaluation import evaluate
 from fxrep.fold import Folded, in_layout, run_emit
 from fxrep.kernel import Leaf
 from fxrep.lower import Emit
 from fxrep.pipeline import Pipeline
 from fxrep.plan import Decision
-from fxrep.refolding import Architecture
+from fxrep.report import Report
 from fxrep.rewrite import Rewriter
-from fxrep.training.derivation import by_present_values, restore_modes, told_of_kept, trace_as_it_trains, untraced
+from fxrep.training.derivation import by_present_values, rewritten_as_it_trains
 from fxrep.training.linear import Live, names_of
+
+TRAINS = "branches are folded online as they train, and this network"
 
 
 def online(model: nn.Module, example_inputs: Examples = None) -> nn.Module:
@@ -42,20 +44,15 @@ def online(model: nn.Module, example_inputs: Examples = None) -> nn.Module:
     Raises:
         FxrepError: `model` is no module, or not in training mode.
     """
-    model = check_model(model)
-    if not model.training:
-        raise FxrepError("branches are folded online as they train, and this network is in eval mode; call train()")
-    examples = bind_examples(model, example_inputs)
-    before = Architecture.of(model)
-    traced = trace_as_it_trains(model, examples)
-    if isinstance(traced, Refusal):
-        return restore_modes(untraced(model, traced), model)
-    pipeline = Pipeline(type(model).__name__, traced, examples, aim_of(model.parameters()), legal=Live(traced.root))
+    return rewritten_as_it_trains(model, example_inputs, TRAINS, Live, _write)
+
+
+def _write(pipeline: Pipeline) -> tuple[GraphModule, Report]:
     while refused := list(by_present_values(pipeline)):
         pipeline.decline(refused)
     result, report = pipeline.rewrite(writer=OnlineRewriter)
-    _restore_owners(result, dict(traced.root.named_modules()))
-    return restore_modes(finished(result, traced.root, model, before, told_of_kept(report, traced)), model)
+    _restore_owners(result, dict(pipeline.traced.root.named_modules()))
+    return result, report
 
 
 def _restore_owners(result: GraphModule, modules: Mapping[str, nn.Module]) -> None:
