@@ -28,7 +28,7 @@ from fxrep.cli import load
 from fxrep.copying import structural_copy
 from fxrep.cost import PROFILES, Aim, Profile, duration
 from fxrep.pipeline import Pipeline
-from fxrep.rewrite import layer_names
+from fxrep.rewrite import held_at, layer_names
 from fxrep.trace import Traced, trace
 from fxrep.zoo.preparation import randomise
 
@@ -85,12 +85,7 @@ def study(name: str, profile: Profile, rounds: int) -> list[Decided]:
 def _module(pipeline: Pipeline) -> fx.GraphModule:
     """What was read, as a module of its own."""
     wanted = {str(n.target) for n in pipeline.graph.nodes if n.op in ("call_module", "get_attr")}
-    return fx.GraphModule({t: _attribute(pipeline, t) for t in wanted}, copy.deepcopy(pipeline.graph)).eval()
-
-
-def _attribute(pipeline: Pipeline, target: str) -> Any:
-    owner, _, name = target.rpartition(".")
-    return pipeline.modules[target] if target in pipeline.modules else getattr(pipeline.modules[owner], name)
+    return fx.GraphModule({t: held_at(t, pipeline.modules) for t in wanted}, copy.deepcopy(pipeline.graph)).eval()
 
 
 def _decided(name: str, pipeline: Pipeline, original: Timed, collapsed: Timed) -> Iterator[Decided]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
@@ -162,7 +162,7 @@ def _chains(module: GraphModule) -> tuple[dict[str, tuple[str, ...]], dict[str, 
     """The layers whose scale can be moved into their readers, with these; the others, and why not."""
     modules = dict(module.named_modules())
     calls = [n for n in module.graph.nodes if n.op == "call_module" and type(modules[str(n.target)]) in LAYERS]
-    own = {n: reason for n in calls if (reason := _why_fixed(module, n, modules))}
+    own = dict(_fixed(module, calls, modules))
     chains, left = dict[str, tuple[str, ...]](), dict[str, str]()
     for node in calls:
         try:
@@ -197,15 +197,19 @@ def _readers(value: Node, dims: int, modules: Mapping[str, nn.Module]) -> Iterat
             raise _Fixed(f"{user.name} reads it")
 
 
-def _why_fixed(module: GraphModule, node: Node, modules: Mapping[str, nn.Module]) -> str:
-    """Why the numbers of a layer must stay, or nothing."""
-    name = str(node.target)
-    layer: Any = modules[name]
+def _fixed(module: GraphModule, calls: Sequence[Node], modules: Mapping[str, Any]) -> Iterator[tuple[Node, str]]:
+    """The calls of layers whose numbers must stay, and why."""
     holders = Counter(id(p) for m in module.modules() for p in m._parameters.values() if p is not None)
-    if sum(n.op == "call_module" and modules[str(n.target)] is layer for n in module.graph.nodes) > 1:
-        return "it is called twice"
-    if any(n.op == "get_attr" and str(n.target).startswith(f"{name}.") for n in module.graph.nodes):
-        return "its weight is read besides"
-    if any(holders[id(p)] > 1 for p in layer.parameters()):
-        return "its weight is shared"
-    return "a hook is on it" if is_hooked(layer) else ""
+    called = Counter(id(modules[str(n.target)]) for n in calls)
+    read = {str(n.target).rpartition(".")[0] for n in module.graph.find_nodes(op="get_attr")}
+    for node in calls:
+        name = str(node.target)
+        layer = modules[name]
+        if called[id(layer)] > 1:
+            yield node, "it is called twice"
+        elif name in read:
+            yield node, "its weight is read besides"
+        elif any(holders[id(p)] > 1 for p in layer.parameters()):
+            yield node, "its weight is shared"
+        elif is_hooked(layer):
+            yield node, "a hook is on it"

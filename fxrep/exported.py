@@ -96,6 +96,7 @@ class _Lift:
         values = [n.meta["val"] for n in self.old.graph.nodes if isinstance(n.meta.get("val"), Tensor)]
         self.fake = torch._guards.detect_fake_mode(values) or FakeTensorMode()
         self.decomposed = not any(_is_composite(n.target) for n in self.old.graph.nodes)
+        self.placeholders = {n.name: n for n in self.old.graph.find_nodes(op="placeholder")}
         self.modules = dict(self.collapsed.named_modules())
         self.tensors = {**_state_of(self.old), **_tensors_of(self.collapsed, self.modules)}
 
@@ -120,14 +121,15 @@ class _Lift:
         remaining = {n.target for n in self.collapsed.graph.find_nodes(op="placeholder")}
         read = _tensors_of(self.collapsed, self.modules)
         old = self.old.graph_signature.input_specs
-        unread = {n.name for n in self.old.graph.find_nodes(op="placeholder") if not n.users}
+        unread = {name for name, n in self.placeholders.items() if not n.users}
         owners = {_owner(target) for target in read}
         kept = [
             s for s in old
             if s.arg.name in remaining or s.target in read
             or (s.arg.name in unread and _owner(s.target or "") in owners)
         ]  # fmt: skip
-        new = [_new_spec(target, tensor) for target, tensor in read.items() if target not in {s.target for s in old}]
+        known = {s.target for s in old}
+        new = [_new_spec(target, tensor) for target, tensor in read.items() if target not in known]
         new.sort(key=lambda spec: STATE.index(spec.kind))
         place = sum(s.kind in (InputKind.TOKEN, InputKind.PARAMETER) for s in kept)
         return [self._placed(spec) for spec in (*kept[:place], *new, *kept[place:])]
@@ -135,7 +137,7 @@ class _Lift:
     def _placed(self, spec: InputSpec) -> InputSpec:
         """Writes the placeholder of an input."""
         node = self.graph.placeholder(spec.arg.name)
-        old = next((n for n in self.old.graph.find_nodes(op="placeholder") if n.name == spec.arg.name), None)
+        old = self.placeholders.get(spec.arg.name)
         if old is not None:
             node.meta = dict(old.meta)
         else:

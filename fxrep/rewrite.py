@@ -66,7 +66,9 @@ class Rewriter:
         self.new.lint()
         assert len(self.new.find_nodes(op="output")) == 1, "the network's result was not computed"
         targets = {
-            str(n.target): self._attribute(str(n.target)) for n in self.new.nodes if n.op in ("call_module", "get_attr")
+            str(n.target): held_at(str(n.target), self.modules)
+            for n in self.new.nodes
+            if n.op in ("call_module", "get_attr")
         }
         result = Collapsed(targets, self.new, class_name)
         vars(result)[DRAFT] = self._draft()
@@ -133,7 +135,7 @@ class Rewriter:
         """What says of a layer that it is one: quantisers look for it."""
         if node.op != "call_module":
             return {}
-        name, kind = str(node.target), type(self._attribute(str(node.target)))
+        name, kind = str(node.target), type(held_at(str(node.target), self.modules))
         return {name: (name, f"{kind.__module__}.{kind.__qualname__}")}
 
     def _decision(self, decision: Decision) -> Node:
@@ -258,11 +260,13 @@ class Rewriter:
             value = self._number(self.new.call_function(operator.floordiv, (value, dim.divide)))
         return value
 
-    def _attribute(self, target: str) -> Any:
-        if target in self.modules:
-            return self.modules[target]
-        owner, _, name = target.rpartition(".")
-        return getattr(self.modules[owner], name)
+
+def held_at(target: str, modules: Mapping[str, nn.Module]) -> Any:
+    """The module, or the attribute of one, that a node's target names."""
+    if target in modules:
+        return modules[target]
+    owner, _, name = target.rpartition(".")
+    return getattr(modules[owner], name)
 
 
 def layer_names(plan: Plan, nodes: Mapping[str, Node], modules: Mapping[str, nn.Module]) -> dict[int, str]:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fxrep.bench.engines import ENGINES
+from fxrep.bench.engines import ENGINES, here
 from fxrep.bench.forms import FORMS
 from fxrep.bench.memory import peak_bytes
 from fxrep.bench.result import BASE, Bench, Row
@@ -52,7 +52,7 @@ def bench(
         unknown = [n for n in names if n not in known]
         if unknown:
             raise Unusable(f"there is no {unknown[0]!r}; there are {', '.join(known)}")
-    chosen = engines or [name for name, engine in ENGINES.items() if not engine.why_not(setting)]
+    chosen = engines or here(setting)
     rows: list[Row] = []
     with threads(setting.threads), torch._dynamo.config.patch(recompile_limit=MOST_COMPILED):
         for (name, model), shape in product(models.items(), shapes):

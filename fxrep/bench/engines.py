@@ -116,6 +116,11 @@ def _written(form: str, module: nn.Module, x: Tensor, path: Path) -> Path:
     return path
 
 
+def here(setting: Setting) -> list[str]:
+    """The engines that can be had."""
+    return [name for name, engine in ENGINES.items() if not engine.why_not(setting)]
+
+
 ENGINES: Mapping[str, Engine] = MappingProxyType({
     "eager": Engine(_eager),
     "channels_last": Engine(_channels_last),

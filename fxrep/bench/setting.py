@@ -5,14 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from importlib.metadata import PackageNotFoundError, version
 from types import MappingProxyType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from fxrep.calibration import device_name
+from fxrep.calibration import device_name, version_of
 from fxrep.errors import Unusable
 
 PACKAGES = ("torch", "timm", "torchvision", "onnxruntime", "openvino")
@@ -70,13 +69,6 @@ class Setting:
 
     def describe(self) -> dict[str, Any]:
         """What there must be told for the numbers to mean anything."""
-        known = {name: found for name in PACKAGES if (found := _version(name))}
+        known = {name: found for name in PACKAGES if (found := version_of(name))}
         threads = self.threads or torch.get_num_threads()
         return {"device": device_name(self.device), "dtype": self.dtype, "threads": threads, "versions": known}
-
-
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None

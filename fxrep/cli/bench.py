@@ -58,13 +58,14 @@ def run(args: argparse.Namespace) -> int:
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # torch's profiler, which tells the peaks, writes of every start
     if args.plot:
         load_extra("matplotlib", "bench")
-    from fxrep.bench import ENGINES, FORMS, Setting, bench
+    from fxrep.bench import FORMS, Setting, bench
     from fxrep.bench.door import steps_of
+    from fxrep.bench.engines import here
     from fxrep.calibration import find_device
 
     setting = Setting(find_device(args.device), args.dtype, args.threads, args.rounds, args.seconds)
     forms = args.forms or list(FORMS)
-    engines = args.engines or [name for name, engine in ENGINES.items() if not engine.why_not(setting)]
+    engines = args.engines or here(setting)
     shapes = [(size, *args.input[1:]) for size in args.batch] if args.batch else [args.input]
     with redirect_stdout(sys.stderr):  # what the models' own code and the exporters print
         models = {name: load(name) for name in args.models}

@@ -76,12 +76,12 @@ def expand(
 def replace_sites(model: nn.Module, build: Callable[[Site], nn.Module], where: Where, absorb: bool) -> nn.Module:
     """A copy of the model with `build(site)` at each site that `where` takes; with `absorb`, in the place of the batch
     norm after it too."""
-    sites, refusals = find_sites(model)
+    there, refusals = find_sites(model)
     takes = _predicate(where)
-    sites = [s for s in sites if takes(s.name, s.conv)]
+    sites = [s for s in there if takes(s.name, s.conv)]
     refusals = [r for r in refusals if takes(r.node, model.get_submodule(r.node))]
     if where is not None and not sites and not refusals:
-        names = ", ".join(s.name for s in find_sites(model)[0][:4])
+        names = ", ".join(s.name for s in there[:4])
         raise FxrepError(f"where={where!r} fits no convolution of {type(model).__name__}; it has {names or 'none'}")
     result = copy.deepcopy(model)
     expanded = []

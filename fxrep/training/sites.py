@@ -122,23 +122,23 @@ def find_sites(model: nn.Module) -> tuple[list[Site], list[Refusal]]:
     for node in traced.graph.nodes:
         if node.op == "call_module":
             calls.setdefault(str(node.target), []).append(node)
-    reasons = {name: _obstacle(model, name, calls) for name in names}
+    places = Counter(id(m) for _, m in model.named_modules(remove_duplicate=False))
+    places += Counter(id(p) for _, p in model.named_parameters(remove_duplicate=False))
+    reasons = {name: _obstacle(model.get_submodule(name), name, calls, places) for name in names}
     order = [n for n in calls if n in reasons and reasons[n] is None]
     indices = _places(traced.graph, dict(root.named_modules()), [calls[n][0] for n in order])
     sites = [_site(model, name, calls, index) for name, index in zip(order, indices, strict=True)]
     return sites, [r for r in reasons.values() if r is not None]
 
 
-def _obstacle(model: nn.Module, name: str, calls: Mapping[str, list[Node]]) -> Refusal | None:
-    conv: Any = model.get_submodule(name)
+def _obstacle(conv: Any, name: str, calls: Mapping[str, list[Node]], places: Mapping[int, int]) -> Refusal | None:
+    """`places`: by the identity of a module or a parameter, how often the model has it."""
     meaning = meaning_of(conv, dict.fromkeys((*CONVS, *TRANSPOSED)))
-    paths = Counter(id(m) for _, m in model.named_modules(remove_duplicate=False))
-    owners = Counter(id(p) for _, p in model.named_parameters(remove_duplicate=False))
     if meaning in TRANSPOSED:
         return Refusal(name, "transposed", "a transposed convolution has no such branches")
     if meaning is None or parametrize.is_parametrized(conv):
         return Refusal(name, "not-expandable", "its class, or a parametrization, computes something of its own")
-    if paths[id(conv)] > 1 or owners[id(conv.weight)] > 1:
+    if places[id(conv)] > 1 or places[id(conv.weight)] > 1:
         return Refusal(name, "tied-parameters", "its weight is shared with another layer")
     if is_hooked(conv):
         return Refusal(name, "hooked", "a forward hook looks at it")

@@ -9,7 +9,6 @@ import subprocess
 import time
 import warnings
 from collections.abc import Callable
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +19,7 @@ from torch.utils._pytree import tree_map_only
 
 import fxrep
 from fxrep.api import reparameterize
+from fxrep.calibration import version_of
 from fxrep.verification.compare import difference, leaves
 from fxrep.zoo.calls import Calls, Widened
 from fxrep.zoo.preparation import Arguments, arguments_for, calibrate, call, randomise
@@ -137,7 +137,7 @@ def _sensitivity(truth: Any) -> float | None:
 
 def _versions() -> str:
     libraries = ("torch", "torchvision", "timm", "transformers")
-    found = {"fxrep": f"{fxrep.__version__}{_revision()}", **{name: _version(name) for name in libraries}}
+    found = {"fxrep": f"{fxrep.__version__}{_revision()}", **{name: version_of(name) for name in libraries}}
     return ", ".join(f"{name} {version}" for name, version in found.items() if version)
 
 
@@ -150,10 +150,3 @@ def _revision() -> str:
         ["git", "-C", str(root), "describe", "--always", "--dirty", "--exclude=*"], capture_output=True, text=True
     )
     return f"+{described.stdout.strip()}" if described.returncode == 0 else ""
-
-
-def _version(name: str) -> str:
-    try:
-        return version(name)
-    except PackageNotFoundError:
-        return ""
