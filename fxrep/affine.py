@@ -6,17 +6,14 @@ Padding and output sizes are kept per side and may be negative (a crop).
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from math import gcd, prod
 
 import torch
 
 from fxrep import kernel as K
+from fxrep.equal import same_vector
 from fxrep.errors import Illegal
-from fxrep.evaluation import evaluate
 from fxrep.kernel import Kernel
 
 Ints = tuple[int, ...]
@@ -218,49 +215,6 @@ def diagonal_of(operator: AffineConv) -> Kernel:
 
 def _flat(weight: torch.Tensor) -> torch.Tensor:
     return weight.flatten()
-
-
-@dataclass(frozen=True, eq=False)
-class Equal:
-    """Two per-channel constants (None is zero) whose numbers were found equal, where what they are made of is not."""
-
-    a: Kernel | None
-    b: Kernel | None
-    length: int
-
-    @property
-    def holds(self) -> bool:
-        """Whether they are equal to the accuracy of float64."""
-        zeros = torch.zeros(self.length, dtype=torch.float64)
-        values = [zeros if v is None else evaluate(K.spread(v, self.length)).cpu() for v in (self.a, self.b)]
-        return torch.allclose(values[0], values[1], rtol=1e-9, atol=1e-12)
-
-
-_NOTED: ContextVar[list[Equal] | None] = ContextVar("noted", default=None)
-
-
-@contextmanager
-def noting() -> Iterator[list[Equal]]:
-    """Collects what is found equal by its numbers meanwhile: it need not be so of other weights."""
-    noted: list[Equal] = []
-    token = _NOTED.set(noted)
-    try:
-        yield noted
-    finally:
-        _NOTED.reset(token)
-
-
-def same_vector(a: Kernel | None, b: Kernel | None, length: int) -> bool:
-    """Whether two per-channel constants are equal to the accuracy of float64 (None is zero)."""
-    if a is b:
-        return True
-    found = Equal(a, b, length)
-    if not found.holds:
-        return False
-    noted = _NOTED.get()
-    if noted is not None:
-        noted.append(found)
-    return True
 
 
 def add(a: AffineConv, b: AffineConv) -> AffineConv:

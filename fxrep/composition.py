@@ -6,7 +6,8 @@ from dataclasses import replace
 from math import gcd
 
 from fxrep import kernel as K
-from fxrep.affine import AffineConv, diagonal_of, same_vector
+from fxrep.affine import AffineConv, diagonal_of
+from fxrep.equal import same_vector
 from fxrep.errors import Illegal
 from fxrep.evaluation import evaluate
 from fxrep.kernel import Kernel

@@ -21,7 +21,7 @@ from fxrep.page import Box, Edge, Picture, Scene, Summand
 from fxrep.page.scene import Grid
 from fxrep.plan import Decision, Plan
 from fxrep.readers import Readings
-from fxrep.readers.walk import ASSERTS
+from fxrep.readers.sizes import ASSERTS
 from fxrep.rewrite import label_of
 
 MOST_PICTURES = 6

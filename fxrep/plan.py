@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
-from fxrep.affine import Equal
+from fxrep.equal import Equal
 from fxrep.errors import Refusal
 from fxrep.form import AffineForm
 from fxrep.lower import Recipe

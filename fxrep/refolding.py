@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from fxrep import kernel as K
-from fxrep.affine import Equal
+from fxrep.equal import Equal
 from fxrep.errors import FxrepError
 from fxrep.evaluation import Doubles
 from fxrep.kernel import Kernel

@@ -20,7 +20,7 @@ from fxrep.lower import Emit, needs_explicit_pad
 from fxrep.ownership import Collapsed
 from fxrep.plan import Decision, Plan
 from fxrep.readers import Readings, is_bypass
-from fxrep.readers.walk import ASSERTS
+from fxrep.readers.sizes import ASSERTS
 from fxrep.refolding import DRAFT, Draft, Fold
 from fxrep.shapes import Dim, Product, Size
 from fxrep.tracer import Recorder

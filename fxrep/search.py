@@ -10,8 +10,9 @@ from itertools import combinations
 from math import fsum, inf
 
 from fxrep import kernel as K
-from fxrep.affine import AffineConv, Equal, noting
+from fxrep.affine import AffineConv
 from fxrep.cost import Aim
+from fxrep.equal import Equal, noting
 from fxrep.errors import Illegal, Refusal
 from fxrep.evaluation import has_zeros
 from fxrep.form import AffineForm

@@ -7,8 +7,8 @@ from dataclasses import dataclass, replace
 from math import fsum
 
 from fxrep import affine
-from fxrep.affine import Equal
 from fxrep.cost import Aim
+from fxrep.equal import Equal
 from fxrep.errors import Refusal
 from fxrep.form import AffineForm
 from fxrep.lower import Effort, Emit, Job, Pricer, Recipe, Sizes

@@ -14,6 +14,7 @@ ORDER = (
     "errors",
     "kernel",
     "evaluation",
+    "equal",
     "affine",
     "composition",
     "parts",
@@ -65,7 +66,7 @@ ORDER = (
     "cli",
     "__main__",
 )
-WITHOUT_FX = ("kernel", "evaluation", "affine", "composition", "parts", "form", "shapes", "cost", "report")
+WITHOUT_FX = ("kernel", "evaluation", "equal", "affine", "composition", "parts", "form", "shapes", "cost", "report")
 CLI_MAY_IMPORT = {"bench", "calibration", "cost", "errors", "report", "api", "zoo", "__init__"}
 
 FILES = sorted(PACKAGE.rglob("*.py"))

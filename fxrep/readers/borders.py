@@ -9,7 +9,8 @@ from torch import Tensor
 from torch.fx import Node
 
 from fxrep import kernel as K
-from fxrep.affine import AffineConv, same_vector
+from fxrep.affine import AffineConv
+from fxrep.equal import same_vector
 from fxrep.errors import Illegal
 from fxrep.form import AffineForm
 from fxrep.kernel import Kernel
