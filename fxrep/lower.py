@@ -319,5 +319,7 @@ def _convolution(op: AffineConv, elements: float, read: tuple[int, ...], result:
     written = float(lead * op.out_channels * prod(result[len(result) - op.dims :]))
     if needs_explicit_pad(op):
         yield Work(elements=2 * elements, steps=1)
+        padded = (max(n + p + q, 1) / n for n, p, q in zip(read[-op.dims :], op.pad_lo, op.pad_hi, strict=True))
+        elements *= prod(padded)  # the layer reads what the pad wrote
     kind = kind_of(prod(op.taps), op.dims, op.groups, op.in_channels)
     yield Work(weights * positions, kind, elements + written, 1, weights)

@@ -161,10 +161,11 @@ class _Search:
             if fewer <= 0 or not _is_float(candidate.recipe) or self._grows(node, candidate):
                 continue
             saved = state.saved((node, *candidate.gone), node, candidate.recipe, candidate.cost)
-            if abs(saved) <= TOLERANCE * max(cost, candidate.cost):
+            tie = TOLERANCE * max(cost, candidate.cost)
+            if abs(saved) <= tie:
                 saved = 0.0  # a tie goes to fewer operators
-            if (saved, fewer) > margin:
-                best, margin = candidate, (saved, fewer)
+            if saved - margin[0] > tie or (abs(saved - margin[0]) <= tie and fewer > margin[1]):
+                best, margin = candidate, (saved, fewer)  # of equal ones the smallest: what is left may be of use
             elif saved < 0:
                 self._decline(node, candidate, -saved)
         if best is not None:

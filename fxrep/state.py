@@ -42,6 +42,12 @@ class State:
         self.order: dict[str, float] = {name: i for i, name in enumerate(problem.forms)}
         self.shapes = dict(problem.shapes.of)
         self.readers = {name: set(users) for name, users in problem.readers.items()}
+        #: by value: what it reads besides the sources of its form, for their sizes, while the model computes it
+        self.asked: dict[str, set[str]] = {}
+        for name, users in problem.readers.items():
+            for user in users:
+                if user in problem.forms and name not in problem.forms[user].sources:
+                    self.asked.setdefault(user, set()).add(name)
         self.recipes: dict[str, Recipe] = {}
         self.costs: dict[str, float] = {}
         self.seconds: dict[str, float] = {}
@@ -117,8 +123,7 @@ class State:
 
     def accept(self, node: str, candidate: Candidate) -> set[str]:
         """Takes the candidate; gives the other readers of the values that lost a reader by it."""
-        lost = {*self.sources(node), *(s for g in candidate.gone for s in self.sources(g))}
-        self._stops_reading((node, *candidate.gone))
+        lost = self._stops_reading((node, *candidate.gone))
         self.removed |= candidate.gone
         self._set(node, candidate.recipe)
         self._inline(node, candidate.absorbed)
@@ -128,10 +133,15 @@ class State:
         lost |= self._sweep(node, lost)
         return {reader for source in lost for reader in self.readers[source]}
 
-    def _stops_reading(self, nodes: Iterable[str]) -> None:
+    def _stops_reading(self, nodes: Iterable[str]) -> set[str]:
+        """Gives the values that lost a reader."""
+        lost = set[str]()
         for name in nodes:
-            for source in self.sources(name):
+            read = {*self.sources(name), *self.asked.pop(name, ())}
+            for source in read:
                 self.readers[source].discard(name)
+            lost |= read
+        return lost
 
     def _inline(self, node: str, absorbed: Iterable[str]) -> None:
         nested = (i for a in absorbed for i in (*self.inlined.get(a, ()), a))
@@ -145,10 +155,10 @@ class State:
             if self.readers[name] or name not in self.recipes or name in self.problem.fixed or name in self.removed:
                 continue
             self.removed.add(name)
-            self._stops_reading([name])
             self._inline(node, [name])
-            found |= set(self.sources(name))
-            todo += self.sources(name)
+            read = self._stops_reading([name])
+            found |= read
+            todo += read
         return found
 
     def split(self, node: str) -> list[str]:
