@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from blocks import Block, Net, conv_bn, image, net, real_network
 from helpers import randomise, relative_error
+from reader_cases import Net as Written
 from torch import Tensor, nn
 from torch.fx import GraphModule
 
@@ -96,6 +97,44 @@ def test_a_second_pass_finds_nothing(result: GraphModule, copied: Callable[[nn.M
     assert again.state_dict().keys() == result.state_dict().keys()
     assert torch.equal(again(X), result(X))
     assert again.names == ["cat", "dog"]
+
+
+def asked_for_its_shape(m: Any, x: Tensor) -> Tensor:
+    """A value whose shape alone is of use, and only before the batch norm is folded."""
+    v = m.first(x).view_as(x)
+    rows = F.batch_norm(v.flatten(0, -2), m.bn.running_mean, m.bn.running_var, m.bn.weight, m.bn.bias)
+    return m.second(rows.reshape_as(v))
+
+
+def padded_unevenly_and_written(m: Any, x: Tensor) -> Tensor:
+    """What the pad reads is written before the last layer; what the pad wrote is not."""
+    v = m.last(m.second(m.first(F.pad(x, [0, 0, 1, 2])) + m.shift))
+    written = x.contiguous()
+    written += x.clone()
+    return F.avg_pool2d(written, 3, stride=2, padding=1, count_include_pad=False) - v
+
+
+@pytest.mark.parametrize(
+    ("body", "parts", "shape", "left"),
+    [
+        (asked_for_its_shape, lambda: {"first": nn.Linear(4, 4, bias=False), "bn": nn.BatchNorm1d(4),
+                                       "second": nn.Linear(4, 4, bias=False)}, (3, 5, 4), "linear"),
+        (padded_unevenly_and_written, lambda: {"first": nn.Conv2d(4, 8, (4, 1), stride=2, groups=2, bias=False),
+                                               "shift": torch.randn(1, 8, 1, 1),
+                                               "second": nn.Conv2d(8, 8, 1, bias=False),
+                                               "last": nn.Conv2d(8, 4, 1, bias=False)}, (2, 4, 7, 5), "conv"),
+    ],
+    ids=["asked for its shape", "padded unevenly and written"],
+)  # fmt: skip
+def test_one_pass_finds_what_a_second_would(
+    body: Callable[..., Any], parts: Callable[[], dict[str, Any]], shape: tuple[int, ...], left: str
+):
+    """What the rewritten graph makes plain, the plan has seen: a size nobody asks for, a pad of its own."""
+    model, x = randomise(Written(body, **parts())).double().eval(), torch.randn(shape, dtype=torch.float64)
+    once = fxrep.reparameterize(model, (x,))
+    assert once.report.after[left] == 1
+    assert fxrep.reparameterize(once, (x,)).report.collapses == ()
+    assert relative_error(once(x.clone()), model(x.clone())) < 1e-12
 
 
 # Compilers
