@@ -17,12 +17,12 @@ from fxrep.census import kinds
 from fxrep.evaluation import Doubles, evaluate
 from fxrep.lower import Emit
 from fxrep.mutation import TWIN_SUFFIX
+from fxrep.naming import label_of
 from fxrep.page import Box, Edge, Picture, Scene, Summand
 from fxrep.page.scene import Grid
 from fxrep.plan import Decision, Plan
 from fxrep.readers import Readings
 from fxrep.readers.sizes import ASSERTS
-from fxrep.rewrite import label_of
 
 MOST_PICTURES = 6
 MOST_SUMMANDS = 6

@@ -13,7 +13,7 @@ from itertools import pairwise
 
 from fxrep import affine
 from fxrep import kernel as K
-from fxrep.affine import Ints
+from fxrep.affine import AffineConv, Ints
 from fxrep.errors import Illegal
 from fxrep.kernel import Kernel
 from fxrep.parts import (
@@ -66,6 +66,15 @@ class AffineForm:
     @cached_property
     def sources(self) -> tuple[str, ...]:
         return tuple(dict.fromkeys(a.source for a, _ in self.terms))
+
+    @property
+    def kernels(self) -> Iterator[Kernel]:
+        """All that its numbers are computed by."""
+        for part in self.parts:
+            operators = [t for t in part.terms.values() if isinstance(t, AffineConv)]
+            gains = (t.factor for t in part.terms.values() if isinstance(t, Gain))
+            known = (*gains, *(o.weight for o in operators), *(o.fill for o in operators), part.bias)
+            yield from (k for k in known if k is not None)
 
     def __add__(self, other: AffineForm) -> AffineForm:
         return _sum(self, other, merge)

@@ -27,27 +27,28 @@ class Ledger:
         constants: Collection[str],
     ) -> None:  # fmt: skip
         self.root, self.nodes, self.modules, self.constants = root, nodes, modules, constants
-        self.regions = {d.node: self._tensors(d.replaced) for d in plan.decisions.values()}
-        self.uses = Counter(m for region in self.regions.values() for m in {_memory(t) for t in region})
+        self.regions = {d.node: self.tensors(d.replaced) for d in plan.decisions.values()}
+        self.uses = Counter(m for region in self.regions.values() for m in {memory_of(t) for t in region})
         settled = {*plan.removed, *plan.decisions, *constants}
         elsewhere = (n for n in nodes if n not in settled)
-        self.kept = {_memory(t) for t in self._tensors(elsewhere)}
+        self.kept = {memory_of(t) for t in self.tensors(elsewhere)}
 
     def is_read_elsewhere(self, tensor: Tensor) -> bool:
         """Whether more than one decision reads the tensor's memory, or something that goes on being computed."""
-        return self.uses[_memory(tensor)] > 1 or _memory(tensor) in self.kept
+        return self.uses[memory_of(tensor)] > 1 or memory_of(tensor) in self.kept
 
     def settle(self, decision: Decision, folded: Iterable[Folded]) -> list[Folded]:
         """The decision is done: puts its numbers into tensors that it frees, where they fit, and lets the others go."""
         region = self.regions[decision.node]
-        self.uses.subtract({_memory(t) for t in region})
-        free = [t for t in region if not self.uses[_memory(t)] and _memory(t) not in self.kept]
+        self.uses.subtract({memory_of(t) for t in region})
+        free = [t for t in region if not self.uses[memory_of(t)] and memory_of(t) not in self.kept]
         result = [_into(f, free) for f in folded]
         for tensor in free:
             tensor.data = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
         return result
 
-    def _tensors(self, names: Iterable[str]) -> list[Tensor]:
+    def tensors(self, names: Iterable[str]) -> list[Tensor]:
+        """What nodes of the old graph read, of parameters and buffers."""
         found: dict[int, Tensor] = {}
         for name in names:
             node = self.nodes[name]
@@ -69,9 +70,9 @@ class Ledger:
 
 def _into(folded: Folded, free: list[Tensor]) -> Folded:
     """The same numbers, in the memory of a freed tensor of their kind if there is one."""
-    shared = Counter(_memory(t) for t in free)
+    shared = Counter(memory_of(t) for t in free)
     for i, tensor in enumerate(free):
-        if folded.weight is not None and _kind(tensor) == _kind(folded.weight) and shared[_memory(tensor)] == 1:
+        if folded.weight is not None and _kind(tensor) == _kind(folded.weight) and shared[memory_of(tensor)] == 1:
             del free[i]
             return replace(folded, weight=tensor.detach().copy_(folded.weight))
     return folded
@@ -81,7 +82,7 @@ def _kind(tensor: Tensor) -> tuple[object, ...]:
     return tensor.shape, tensor.dtype, tensor.device, tensor.stride()
 
 
-def _memory(tensor: Tensor) -> int:
+def memory_of(tensor: Tensor) -> int:
     """What identifies the memory that a tensor occupies; two parameters may share one."""
     return tensor.untyped_storage().data_ptr() or id(tensor)
 

@@ -19,13 +19,15 @@ from fxrep.errors import UNTOLD, FxrepError, Illegal, Refusal
 from fxrep.evaluation import Doubles
 from fxrep.fold import Folded, fold, like_of
 from fxrep.mutation import Writes, drop_identities, functionalize
-from fxrep.ownership import Ledger
+from fxrep.naming import label_of, layer_names
+from fxrep.ownership import Ledger, memory_of
 from fxrep.page import Picture
 from fxrep.plan import Decision, Legal, Problem
 from fxrep.readers import NOTHING, Readings, Told, is_bypass, read_graph
 from fxrep.report import Collapse, Report
-from fxrep.rewrite import Rewriter, label_of, layer_names, settles
+from fxrep.rewrite import Rewriter, settles
 from fxrep.search import make_plan
+from fxrep.sharing import growing
 from fxrep.trace import Traced
 
 
@@ -47,21 +49,37 @@ class Pipeline:
         self.like = like_of(traced.root)
         self.problem = _problem(self.graph, self.modules, self.readings, writes, shapes)
         self.make_plan = partial(make_plan, aim=aim, strict=strict, legal=legal)
-        self.plan = self.make_plan(self.problem)
+        self.counts_copies = aim.objective == "params"  # of weights that several calls share
         self.refused: list[Refusal] = []
+        self._plan()
 
     def explain(self) -> Report:
         """The report of the plan, with nothing folded and so nothing certified."""
         return self._report(planned(self.graph, self.modules, self.plan, self.readings.facts.scalars))
 
+    def _plan(self) -> None:
+        """Plans, and plans anew while the network would hold more numbers than before."""
+        self.plan = self.make_plan(self.problem)
+        while grown := list(growing(self.plan, self.readings.forms, self._kept() if self.counts_copies else None)):
+            self._fix(grown)
+            self.plan = self.make_plan(self.problem)
+
+    def _kept(self) -> set[int]:
+        """The memory of parameters that are read by what has no form, and stays."""
+        known = {*self.readings.forms, *self.readings.facts.constants, *self.readings.bypassed}
+        return {memory_of(t) for t in self.ledger().tensors(n for n in self.nodes if n not in known)}
+
     def decline(self, refusals: Iterable[Refusal]) -> None:
         """Plans anew, with the nodes of the refusals as they are."""
+        self._fix(refusals)
+        self._plan()
+
+    def _fix(self, refusals: Iterable[Refusal]) -> None:
         told = {r.node: r for r in refusals}
         self.refused += told.values()
         assert not told.keys() <= self.problem.fixed.keys(), "what is fixed is never refused again"
         fixed = {**self.problem.fixed, **{node: (r.code, r.reason) for node, r in told.items()}}
         self.problem = replace(self.problem, fixed=fixed)
-        self.plan = self.make_plan(self.problem)
 
     def rewrite(self, inplace: bool = False, writer: type[Rewriter] = Rewriter) -> tuple[GraphModule, Report]:
         """Folds and certifies every decision, one region at a time, and writes the first plan of which all pass."""

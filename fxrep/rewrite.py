@@ -5,7 +5,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from itertools import chain, count, islice
+from itertools import islice
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ from fxrep import mutation
 from fxrep.fold import Folded, layer_of, pad_arguments, pad_mode, scale_of
 from fxrep.kernel import Kernel, Leaf
 from fxrep.lower import Emit, needs_explicit_pad
+from fxrep.naming import common_scope, label_of, layer_names
 from fxrep.ownership import Collapsed
 from fxrep.plan import Decision, Plan
 from fxrep.readers import Readings, is_bypass
@@ -46,6 +47,8 @@ class Rewriter:
     values: dict[str, Node] = field(default_factory=dict)
     #: the new nodes that compute sizes
     numbers: set[str] = field(default_factory=set)
+    #: the names of the new layers
+    installed: set[str] = field(default_factory=set)
 
     def write(self, class_name: str) -> GraphModule:
         """The collapsed module, over the modules and tensors that are still called."""
@@ -124,7 +127,7 @@ class Rewriter:
         before = len(self.new.nodes)
         value = self._decision(decision)
         replaced = [self.nodes[n] for n in (*decision.inlined, decision.node)]
-        scope = f"{_common_scope(replaced, set())}."
+        scope = f"{common_scope(replaced, set())}."
         stack = replaced[-1].meta.get("nn_module_stack") or {}
         for node in islice(reversed(self.new.nodes), len(self.new.nodes) - before):
             around = {k: v for k, v in stack.items() if not v[0] or scope.startswith(f"{v[0]}.")}
@@ -165,11 +168,13 @@ class Rewriter:
             x = self._call(F.pad, (x, pad_arguments(operator_)), {"mode": mode, "value": value})
         if folded.emit.is_pad:
             return x
-        layer = layer_of(folded)
-        name = self._install(layer, folded.emit, decision)
-        groups = operator_.groups if operator_.transposed else None
-        self._note(f"{name}.weight", operator_.weight, layer.weight, groups)
-        self._note(f"{name}.bias", operator_.bias, layer.bias)
+        name = self.names[id(folded.emit)]
+        if not self._is_installed(name, decision):
+            layer = layer_of(folded)
+            self._install(layer, folded.emit, decision)
+            groups = operator_.groups if operator_.transposed else None
+            self._note(f"{name}.weight", operator_.weight, layer.weight, groups)
+            self._note(f"{name}.bias", operator_.bias, layer.bias)
         called = self.new.call_module(name, (x,))
         self.ours.add(called)
         return called
@@ -192,20 +197,17 @@ class Rewriter:
 
     def _scale(self, folded: Folded, x: Node, decision: Decision) -> Node:
         """γ·x + β in one operator: addcmul where both are there."""
-        gain, bias, dims = folded.weight, folded.bias, decision.recipe.dims or 0
-        holder = nn.Module()
-        for name, vector in (("weight", gain), ("bias", bias)):
-            if vector is not None:
-                holder.register_parameter(name, scale_of(vector, folded, dims))
-        path = self._install(holder, folded.emit, decision)
-        for name, parameter in holder.named_parameters():
-            self._note(f"{path}.{name}", folded.emit.gain if name == "weight" else folded.emit.bias, parameter)
-        named = {name: self.new.get_attr(f"{path}.{name}") for name, _ in holder.named_parameters()}
+        path = self.names[id(folded.emit)]
+        if not self._is_installed(path, decision):
+            self._install(self._held(folded, decision.recipe.dims or 0), folded.emit, decision)
+            for name, parameter in self.modules[path].named_parameters():
+                self._note(f"{path}.{name}", folded.emit.gain if name == "weight" else folded.emit.bias, parameter)
+        named = {name: self.new.get_attr(f"{path}.{name}") for name, _ in self.modules[path].named_parameters()}
         if len(named) == 2:
             return self._call(torch.addcmul, (named["bias"], x, named["weight"]))
         return (
             self._call(operator.mul, (x, named["weight"]))
-            if bias is None
+            if folded.bias is None
             else self._call(operator.add, (x, named["bias"]))
         )
 
@@ -219,11 +221,32 @@ class Rewriter:
         self.ours.add(node)
         return node
 
+    @staticmethod
+    def _held(folded: Folded, dims: int) -> nn.Module:
+        """The parameters of a scale."""
+        holder = nn.Module()
+        for name, vector in (("weight", folded.weight), ("bias", folded.bias)):
+            if vector is not None:
+                holder.register_parameter(name, scale_of(vector, folded, dims))
+        return holder
+
     def _install(self, module: nn.Module, emit: Emit, decision: Decision) -> str:
         name = self.names[id(emit)]
-        setattr(module, PROVENANCE, tuple(label_of(self.nodes[n]) for n in decision.replaced))
+        setattr(module, PROVENANCE, self._provenance(decision))
         self.modules[name] = module.eval()
+        self.installed.add(name)
         return name
+
+    def _is_installed(self, name: str, decision: Decision) -> bool:
+        """Whether another call has the same layer already; it then stands for what this one replaces too."""
+        if name in self.installed:
+            layer = self.modules[name]
+            both = (*getattr(layer, PROVENANCE), *self._provenance(decision))
+            setattr(layer, PROVENANCE, tuple(dict.fromkeys(both)))
+        return name in self.installed
+
+    def _provenance(self, decision: Decision) -> tuple[str, ...]:
+        return tuple(label_of(self.nodes[n]) for n in decision.replaced)
 
     def _metadata(self, node: Node) -> Any:
         """A size of a value that is no longer computed: known, or computed from a value that is."""
@@ -267,48 +290,6 @@ def held_at(target: str, modules: Mapping[str, nn.Module]) -> Any:
         return modules[target]
     owner, _, name = target.rpartition(".")
     return getattr(modules[owner], name)
-
-
-def layer_names(plan: Plan, nodes: Mapping[str, Node], modules: Mapping[str, nn.Module]) -> dict[int, str]:
-    """By emit: the qualified name of its new layer, `reparam` in the innermost module that encloses all it replaces."""
-    leaves = {str(n.target) for n in nodes.values() if n.op == "call_module"}
-    taken, names = set(modules), {}
-    for decision in plan.decisions.values():
-        scope = _common_scope([nodes[r] for r in decision.replaced], leaves)
-        stem = f"{scope}.reparam" if scope else "reparam"
-        for emit in decision.recipe.emits:
-            numbered = chain((stem,), (f"{stem}_{i}" for i in count(1)))
-            name = next(n for n in numbered if n not in taken and not hasattr(modules.get(scope), n.rpartition(".")[2]))
-            if emit.anchor.rows is not None or not (emit.is_pass or emit.is_pad):
-                taken.add(name)
-            names[id(emit)] = name
-    return names
-
-
-def _common_scope(nodes: list[Node], leaves: set[str]) -> str:
-    """The innermost module that encloses all of `nodes` and is no layer itself."""
-    paths = [scope_of(n).split(".") for n in nodes]
-    common: list[str] = []
-    for level in zip(*paths, strict=False):
-        if len(set(level)) > 1 or ".".join([*common, level[0]]) in leaves:
-            break
-        common.append(level[0])
-    return ".".join(common)
-
-
-def scope_of(node: Node) -> str:
-    """The path of the module whose forward made this node; for a layer, of the module that called it."""
-    stack = node.meta.get("nn_module_stack") or {}
-    innermost: str = next(reversed(stack.values()), ("",))[0] if stack else ""
-    return innermost.rpartition(".")[0] if node.op == "call_module" else innermost
-
-
-def label_of(node: Node) -> str:
-    """The qualified name of a layer; for another op that of the module whose forward made it, and the op's own."""
-    if node.op == "call_module":
-        return str(node.target)
-    scope = scope_of(node)
-    return f"{scope}:{node.name}" if scope else node.name
 
 
 def settles(node: Node, readings: Readings) -> bool:

@@ -45,6 +45,8 @@ ORDER = (
     "double",
     "certify",
     "ownership",
+    "sharing",
+    "naming",
     "rewrite",
     "verification",
     "equalization",

@@ -17,11 +17,11 @@ from fxrep.copying import structural_copy
 from fxrep.errors import FxrepError, Illegal, Refusal
 from fxrep.evaluation import Doubles
 from fxrep.islands import unchanged_report
+from fxrep.naming import layer_names
 from fxrep.pipeline import Pipeline
 from fxrep.plan import Decision, Legal
 from fxrep.refolding import Architecture
 from fxrep.report import Report
-from fxrep.rewrite import layer_names
 from fxrep.trace import Traced, trace, untraceable
 from fxrep.training.linear import Linear, names_of
 from fxrep.training.rules import Rule, derive
