@@ -65,7 +65,8 @@ def reparameterize(
         profile: the device to choose for (default: the shipped profile of the device that holds the parameters);
             `fxrep.calibrate()` measures that of this machine.
         objective: what to make least: the predicted "latency", the "macs", or the "params". A plan never has more
-            multiply-adds, weights or layers than the model, whatever the objective.
+            multiply-adds, weights or layers than the model, whatever the objective; for "params" a weight that several
+            calls share is not copied either, to take a norm after each.
         autotune: time both sides of a collapse of which the prediction is unsure, at the sizes of `example_inputs`,
             and keep the faster. Another run may time, and so decide, otherwise.
 
