@@ -23,10 +23,10 @@ from fxrep.parts import Anchor
 from fxrep.plan import Decision
 from fxrep.readers import Readings, is_bypass
 from fxrep.shapes import Axis, Dim, Shape, Shapes, Size, free_axes
-from fxrep.sketch import sketched
+from fxrep.sketch import signs, sketched
 
 TOLERANCE = 1e-8  # relative to the largest output, in float64: some 1e7 units of rounding
-SEED = 0x5EED
+SEED, OF_CHANNELS = 0x5EED, 0xC4A
 
 
 @dataclass(frozen=True)
@@ -93,20 +93,21 @@ def certify(region: Region, nodes: Mapping[str, Node], readings: Readings, doubl
     decision = region.decision
     if _device(region.folded).type == "meta":
         return None  # no numbers, nothing to compare
-    interpreter = _Interpreter(region, nodes, readings, doubles)
+    interpreter, mode = _Interpreter(region, nodes, readings, doubles), InDouble()
     for extra in (0, 1):
-        fact = _difference(region, interpreter, extra)
+        fact = _difference(region, interpreter, mode, extra)
         if fact is not None:
             return _failed(decision, fact)
     return None
 
 
 @torch.no_grad()
-def _difference(region: Region, interpreter: _Interpreter, extra: int) -> str | None:
+def _difference(region: Region, interpreter: _Interpreter, mode: InDouble, extra: int) -> str | None:
     """How the fold differs from its sub-graph on maps that are `extra` larger than the least, or None."""
     try:
-        interpreter.restart(_draw(region, interpreter.readings, extra))
-        with InDouble(), warnings.catch_warnings():
+        mode.forget_products()
+        interpreter.restart(_draw(region, interpreter.readings, mode, extra))
+        with mode, warnings.catch_warnings():
             warnings.simplefilter("ignore")
             anchors = {s: interpreter.value(s) for s in sorted(region.sources)}
             doubles, wanted = interpreter.doubles, region.decision.node
@@ -156,8 +157,11 @@ def _rows(value: Tensor, anchor: Anchor, dims: int) -> Tensor:
     return value.index_select(-dims - 1, torch.tensor(anchor.rows, device=value.device))
 
 
-def _draw(region: Region, readings: Readings, extra: int) -> Callable[[str], Tensor]:
-    """Random values by name: small maps with a border all around an interior, of no two equal sides."""
+def _draw(region: Region, readings: Readings, mode: InDouble, extra: int) -> Callable[[str], Tensor]:
+    """Random values by name: small maps with a border all around an interior, of no two equal sides.
+
+    Each is a number per channel, the same at every size, times one map, so that convolutions of it cost little.
+    """
     dims = region.dims
     known = readings.facts.shapes
     sources = region.sources
@@ -172,13 +176,16 @@ def _draw(region: Region, readings: Readings, extra: int) -> Callable[[str], Ten
         for a, term in form.terms if isinstance(term, AffineConv) and term.dims == dims
     ]  # fmt: skip
     sizes = _axis_sizes(terms, before, readings, dims, extra)
+    device = _device(region.folded)
     generator = torch.Generator().manual_seed(SEED + extra)
 
     def draw(name: str) -> Tensor:
         whole = [e.operator for e in emits if e.operator and e.anchor.source == name and e.anchor.rows is None]
         channels = whole[0].in_channels if whole else 3
         shape = _concrete(known.full(known.of[name]), readings, lambda a: sizes.get(a, 2 - extra), dims, channels)
-        return torch.randn(shape, generator=generator, dtype=torch.float64).to(_device(region.folded))
+        one = (*shape[: -dims - 1], 1, *shape[len(shape) - dims :])
+        values = torch.randn(one, generator=generator, dtype=torch.float64).to(device)
+        return mode.product(signs(shape[-dims - 1], OF_CHANNELS).to(device), values, -dims - 1)
 
     return draw
 

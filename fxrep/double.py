@@ -1,12 +1,16 @@
-"""Convolutions in float64 on a CPU, faster than torch's: channel-wise ones tap by tap, dense ones as one product over
-blocks of rows, so that a large float32 weight is turned into float64 in the cache and is never held twice."""
+"""Convolutions and linear layers in float64 on a CPU, faster than torch's, from weights of any floating type.
+
+Of a map that is a number per channel times one map for all channels, x[b,c,p] = a[c]·s[b,p], a convolution is that of
+s with one input channel: (W ⊛ x)[o] = (W·a)[o] ⊛ s with (W·a)[o,t] = Σ_c W[o,c,t]·a[c]. So the weight is read once, and
+for maps of several sizes with the same a only once. A linear operator that is not zero is zero on almost none of such
+maps (its values are polynomials in a and s, linear in each), so that they are as good for comparing two as any.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from itertools import product
 from math import prod
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -18,46 +22,94 @@ from fxrep.rows import BLOCK
 CONVOLUTIONS = {torch.conv1d, torch.conv2d, torch.conv3d}
 #: Forwards whose weight goes to one of the functions below and nowhere else: it may stay as it is stored.
 CONVERTED = (nn.Conv1d.forward, nn.Conv2d.forward, nn.Conv3d.forward, nn.Linear.forward)
-MOST_TAPS = 25  # above, torch's own loop over channels is as fast
-SMALL = 1 << 8  # entries of a weight below which torch's own is as fast
+
+
+class _Product(NamedTuple):
+    """What a map was made of: itself, a number for each channel, and the map of one channel."""
+
+    whole: Tensor
+    channels: Tensor
+    one: Tensor
 
 
 class InDouble(TorchFunctionMode):
     """While it is entered, convolutions and linear layers of float64 values are computed here, from weights of any
-    floating type."""
+    floating type; of a map that `product` made, quickly."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._products: dict[int, _Product] = {}
+        self._contracted: dict[tuple[int, int], tuple[Tensor, Tensor, Tensor]] = {}
+
+    def product(self, channels: Tensor, one: Tensor, axis: int) -> Tensor:
+        """x = a·s for a (C,) on `axis` (negative) and s with one entry there. It must not be written."""
+        whole = channels.reshape(-1, *(1,) * (-axis - 1)) * one
+        self._products[id(whole)] = _Product(whole, channels, one)
+        return whole
+
+    def forget_products(self) -> None:
+        """What was contracted with their channels stays, for other products with the same."""
+        self._products.clear()
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         if args and isinstance(args[0], Tensor) and args[0].dtype == torch.float64:
             if func in CONVOLUTIONS:
-                return _convolve(func, *args, **(kwargs or {}))
+                return self._convolve(func, *args, **(kwargs or {}))
             if func is F.linear:
-                return _linear(*args, **(kwargs or {}))
+                return self._linear(*args, **(kwargs or {}))
         return func(*args, **(kwargs or {}))
 
-
-def _convolve(
-    function: Callable[..., Tensor], x: Tensor, weight: Tensor, bias: Tensor | None = None,
-    stride: Any = 1, padding: Any = 0, dilation: Any = 1, groups: int = 1,
-) -> Tensor:  # fmt: skip
-    dims = weight.ndim - 2
-    plain = x.ndim == dims + 2 and not isinstance(padding, str) and x.shape[1] == groups * weight.shape[1]
-    if not plain or 1 < groups < len(weight) or weight.numel() < SMALL:
+    def _convolve(
+        self, function: Callable[..., Tensor], x: Tensor, weight: Tensor, bias: Tensor | None = None,
+        stride: Any = 1, padding: Any = 0, dilation: Any = 1, groups: int = 1,
+    ) -> Tensor:  # fmt: skip
+        dims = weight.ndim - 2
+        fits = x.ndim == dims + 2 and x.shape[1] == groups * weight.shape[1]
+        known = self._product(x, 1) if fits else None
+        if known is not None:
+            narrow = self._times_channels(weight, known.channels, groups)
+            return function(known.one, narrow, bias, stride, padding, dilation)
+        if fits and dims == 2 and groups == 1 and not isinstance(padding, str):
+            pairs = ((v, v) if isinstance(v, int) else tuple(v) for v in (stride, padding, dilation))
+            return _dense(x, weight, bias, *pairs)
         return function(x, weight.double(), bias, stride, padding, dilation, groups)
-    stride, padding, dilation = ((v,) * dims if isinstance(v, int) else tuple(v) for v in (stride, padding, dilation))
-    if 1 < groups == len(weight) and weight.shape[1] == 1 and prod(weight.shape[2:]) <= MOST_TAPS:
-        return depthwise(x, weight.double(), bias, stride, padding, dilation)
-    if groups == 1 and dims == 2:
-        return _dense(x, weight, bias, stride, padding, dilation)
-    return function(x, weight.double(), bias, stride, padding, dilation, groups)
+
+    def _linear(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        if weight.ndim != 2 or x.shape[-1] != weight.shape[1]:
+            return F.linear(x, weight.double(), bias)
+        known = self._product(x, -1)
+        if known is not None:
+            out = known.one * self._times_channels(weight, known.channels, 1).flatten()
+        else:
+            out = _times(weight, x.reshape(-1, x.shape[-1]).t()).t().reshape(*x.shape[:-1], len(weight))
+        return out if bias is None else out + bias
+
+    def _product(self, x: Tensor, axis: int) -> _Product | None:
+        """What x was made of, if its channels are on that axis."""
+        known = self._products.get(id(x))
+        return known if known and known.one.shape[axis] == 1 and len(known.channels) == x.shape[axis] else None
+
+    def _times_channels(self, weight: Tensor, channels: Tensor, groups: int) -> Tensor:
+        """(W·a)[o,0,t] = Σ_c W[o,c,t]·a[c], each row with the channels that its group reads; kept."""
+        key = id(weight), id(channels)
+        if key not in self._contracted:
+            found = _contract(weight.detach().reshape(*weight.shape[:2], -1), channels, groups)
+            self._contracted[key] = weight, channels, found.reshape(len(weight), 1, *weight.shape[2:])
+        return self._contracted[key][2]
 
 
-def _linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    if weight.ndim != 2 or x.shape[-1] != weight.shape[1]:
-        return F.linear(x, weight.double(), bias)
-    out = _times(weight, x.reshape(-1, x.shape[-1]).t()).t().reshape(*x.shape[:-1], len(weight))
-    return out if bias is None else out + bias
+def _contract(weight: Tensor, channels: Tensor, groups: int) -> Tensor:
+    """weight (O, I/g, K) of any floating type, channels (I,) in float64 -> (O, K)."""
+    if groups > 1:
+        read = channels.reshape(groups, -1).repeat_interleave(len(weight) // groups, 0)
+        return (weight.double() * read.unsqueeze(2)).sum(1)
+    out = channels.new_empty(len(weight), weight.shape[2])
+    step = max(BLOCK // max(prod(weight.shape[1:]), 1), 1)
+    for start in range(0, len(weight), step):
+        out[start : start + step] = torch.matmul(channels, weight[start : start + step].double())
+    return out
 
 
 def _dense(
@@ -79,21 +131,3 @@ def _times(weight: Tensor, columns: Tensor) -> Tensor:
     for start in range(0, len(weight), step):
         torch.mm(weight[start : start + step].double(), columns, out=out[start : start + step])
     return out
-
-
-def depthwise(
-    x: Tensor, weight: Tensor, bias: Tensor | None, stride: tuple[int, ...], padding: tuple[int, ...],
-    dilation: tuple[int, ...],
-) -> Tensor:  # fmt: skip
-    """x (B, C, *S), weight (C, 1, *K): the sum over the taps of one window of x times one number per channel."""
-    dims, taps = len(stride), weight.shape[2:]
-    padded = F.pad(x, [p for pad in reversed(padding) for p in (pad, pad)]) if any(padding) else x
-    per_tap = weight.flatten(1).t().reshape(-1, len(weight), *(1,) * dims)
-    total = torch.zeros(()) if bias is None else bias.reshape(-1, *(1,) * dims)
-    for number, tap in zip(per_tap, product(*map(range, taps)), strict=True):
-        window = padded
-        for axis, (k, t, s, d) in enumerate(zip(taps, tap, stride, dilation, strict=True), start=2):
-            size = padded.shape[axis]
-            window = window.narrow(axis, t * d, size - d * (k - 1))[(slice(None),) * axis + (slice(None, None, s),)]
-        total = total + window * number
-    return total

@@ -93,7 +93,7 @@ class ScaleRows(Kernel):
 
     def _compute(self, *values: Tensor) -> Tensor:
         weight, gain = values
-        return weight * gain.reshape(gain.shape + (1,) * (weight.ndim - gain.ndim) if gain.ndim else ())
+        return weight * over_rows(gain, weight.ndim)
 
 
 @dataclass(frozen=True, eq=False)
@@ -242,6 +242,11 @@ class PlaceColumns(Kernel):
         (weight,) = values
         wide = weight.new_zeros(self.shape)
         return wide.index_add(1, torch.tensor(self.index, device=weight.device), weight)
+
+
+def over_rows(gain: Tensor, ndim: int) -> Tensor:
+    """A gain of shape (O,) or () so that it broadcasts over the rows of a weight with `ndim` axes."""
+    return gain.reshape(gain.shape + (1,) * (ndim - gain.ndim)) if gain.ndim else gain
 
 
 def scale(kernel: Kernel, gain: Kernel) -> Kernel:

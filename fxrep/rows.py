@@ -18,7 +18,7 @@ from fxrep import kernel as K
 from fxrep.evaluation import Doubles, evaluate
 from fxrep.kernel import Kernel
 
-BLOCK = 1 << 17  # entries: a megabyte in float64, which a core's own cache holds
+BLOCK = 1 << 16  # entries: half a megabyte in float64, which a core's own cache holds twice
 DEEPEST = 200  # nodes of a kernel that is read by recursion
 
 
@@ -45,6 +45,11 @@ class _Reader:
         found = rule(self, node, start, stop) if rule and prod(node.shape) > BLOCK // 16 else None
         return self.whole(node)[start:stop] if found is None else found
 
+    def own(self, node: Kernel, start: int, stop: int) -> Tensor:
+        """Rows that may be written."""
+        found = self.rows(node, start, stop)
+        return found.clone() if id(node) in self.wholes else found
+
     def whole(self, node: Kernel) -> Tensor:
         if id(node) not in self.wholes:
             self.wholes[id(node)] = evaluate(node, self.doubles).to(self.device)
@@ -68,7 +73,7 @@ def _local(kind: type[Kernel]) -> Callable[[Any], Any]:
 def _leaf(at: _Reader, node: K.Leaf, start: int, stop: int) -> Tensor | None:
     if node.axes is not None and node.axes[0] != 0:
         return None
-    value = node.tensor.detach()[start:stop].to(torch.float64)
+    value = node.tensor.detach()[start:stop].to(torch.float64, copy=True)
     return value if node.axes is None else value.permute(node.axes)
 
 
@@ -83,7 +88,7 @@ def _dirac(at: _Reader, node: K.Dirac, start: int, stop: int) -> Tensor:
 @_local(K.ScaleRows)
 def _scale_rows(at: _Reader, node: K.ScaleRows, start: int, stop: int) -> Tensor:
     gain = at.whole(node.gain)
-    return node._compute(at.rows(node.weight, start, stop), gain[start:stop] if gain.ndim else gain)
+    return at.own(node.weight, start, stop).mul_(K.over_rows(gain[start:stop] if gain.ndim else gain, len(node.shape)))
 
 
 @_local(K.ScaleColumns)
@@ -99,11 +104,13 @@ def _place(at: _Reader, node: K.Place, start: int, stop: int) -> Tensor:
 
 
 @_local(K.Sum)
-def _sum(at: _Reader, node: K.Sum, start: int, stop: int) -> Tensor:
-    terms = [at.rows(t, start, stop) if t.shape == node.shape else at.whole(t) for t in node.terms]
-    total = terms[0] + terms[1] if len(terms) > 1 else terms[0].expand(stop - start, *node.shape[1:])
-    for term in terms[2:]:
-        total += term
+def _sum(at: _Reader, node: K.Sum, start: int, stop: int) -> Tensor | None:
+    terms = sorted(node.terms, key=lambda t: t.shape != node.shape)
+    if terms[0].shape != node.shape:
+        return None
+    total = at.own(terms[0], start, stop)
+    for term in terms[1:]:
+        total += at.rows(term, start, stop) if term.shape == node.shape else at.whole(term)
     return total
 
 

@@ -16,9 +16,9 @@ SEED = 0x51
 
 
 @lru_cache(maxsize=256)
-def signs(channels: int) -> Tensor:
+def signs(channels: int, seed: int = SEED) -> Tensor:
     """u: of both signs, none near zero."""
-    generator = torch.Generator().manual_seed(SEED + channels)
+    generator = torch.Generator().manual_seed(seed + channels)
     sizes = torch.rand(channels, generator=generator, dtype=torch.float64) + 0.5
     return torch.where(torch.rand(channels, generator=generator) < 0.5, -sizes, sizes)
 

@@ -86,6 +86,56 @@ def test_a_linear_layer(shape):
     assert torch.allclose(got, F.linear(x, weight.double(), bias), rtol=0, atol=1e-11)
 
 
+@pytest.mark.parametrize("bias", [True, False], ids=["bias", "no bias"])
+@pytest.mark.parametrize("name", GEOMETRY)
+@pytest.mark.parametrize(("rows", "groups"), [(150, 1), (12, 6), (300, 300), (600, 300)], ids=str)
+@pytest.mark.parametrize("dims", CONVOLVE)
+def test_a_product_of_channels_and_one_map(dims, rows, groups, name, bias):
+    """Dense, grouped and channel-wise, of a weight as it is stored."""
+    torch.manual_seed(0)
+    channels, one = torch.randn(300).double(), torch.randn(2, 1, *(7, 8, 9)[:dims], dtype=torch.float64)
+    weight = torch.randn(rows, 300 // groups, *(3, 2, 3)[:dims])
+    vector = torch.randn(rows, dtype=torch.float64) if bias else None
+    mode = InDouble()
+    x = mode.product(channels, one, -dims - 1)
+    assert torch.equal(x, channels.reshape(-1, *(1,) * dims) * one)
+    with mode:
+        got = CONVOLVE[dims](x, weight, vector, *GEOMETRY[name], groups=groups)
+    expected = CONVOLVE[dims](x, weight.double(), vector, *GEOMETRY[name], groups=groups)
+    assert got.dtype == torch.float64
+    assert got.shape == expected.shape
+    assert torch.allclose(got, expected, rtol=0, atol=1e-11)
+
+
+def test_products_of_several_sizes_with_the_same_channels():
+    """What was contracted for the first is used for the second, but not for other channels or another weight."""
+    torch.manual_seed(0)
+    mode, weight, other = InDouble(), torch.randn(7, 5, 3, 3), torch.randn(7, 5, 3, 3)
+    a, b = torch.randn(2, 5).double()
+    for size in (4, 6):
+        mode.forget_products()
+        for channels in (a, b):
+            x = mode.product(channels, torch.randn(1, 1, size, size, dtype=torch.float64), -3)
+            for w in (weight, other):
+                with mode:
+                    got = F.conv2d(x, w, padding=1)
+                assert torch.allclose(got, F.conv2d(x, w.double(), padding=1), rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("axis", [-1, -2, -3])
+def test_a_product_along_another_axis_is_any_map(axis):
+    """Channels of the product that are not those of the convolution, nor of the linear layer."""
+    torch.manual_seed(0)
+    mode, shape = InDouble(), [2, 5, 5, 5]
+    shape[axis] = 1
+    x = mode.product(torch.randn(5).double(), torch.randn(shape).double(), axis)
+    weight, matrix = torch.randn(4, 5, 3, 3).double(), torch.randn(6, 5).double()
+    expected = F.conv2d(x, weight), F.linear(x, matrix)
+    with mode:
+        got = F.conv2d(x, weight), F.linear(x, matrix)
+    assert all(torch.allclose(g, e, rtol=0, atol=1e-13) for g, e in zip(got, expected, strict=True))
+
+
 def test_values_of_another_type_are_left_to_torch():
     x, weight = torch.randn(1, 64, 5, 5), torch.randn(64, 64, 3, 3)
     with InDouble():
