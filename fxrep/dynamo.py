@@ -91,7 +91,7 @@ class _Frozen:
 def _weights(captured: GraphModule, inputs: Sequence[Any]) -> dict[str, _Weight]:
     """The parameters and buffers among the inputs that the graph does not write, by the names of their nodes."""
     nodes = captured.graph.find_nodes(op="placeholder")
-    written = written_inputs(captured.graph, dict(captured.named_modules()))
+    written = written_inputs(captured.graph, dict(captured.named_modules(remove_duplicate=False)))
     return {
         node.name: _Weight(str(node.target), place, value, value._version, _setting(node, value))
         for place, (node, value) in enumerate(zip(nodes, inputs, strict=True))
@@ -129,7 +129,7 @@ def _collapsed(captured: GraphModule, weights: Mapping[str, _Weight]) -> GraphMo
             copies[node] = graph.node_copy(node, copies.__getitem__)
             if node.op == "placeholder":
                 copies[node]._dynamo_source = getattr(node, "_dynamo_source", None)
-    traced = Traced(root, graph, modules=dict(root.named_modules()))
+    traced = Traced(root, graph, modules=dict(root.named_modules(remove_duplicate=False)))
     device = next(iter(weights.values())).tensor.device.type
     told = told_by(graph, "example_value")
     collapsed = Pipeline("captured", traced, {}, Aim(profile_for(device)), False, told).rewrite()[0]

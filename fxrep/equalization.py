@@ -160,7 +160,7 @@ def _precision(layers: Mapping[str, Ranges], name: str, into: tuple[str, ...]) -
 
 def _chains(module: GraphModule) -> tuple[dict[str, tuple[str, ...]], dict[str, str]]:
     """The layers whose scale can be moved into their readers, with these; the others, and why not."""
-    modules = dict(module.named_modules())
+    modules = dict(module.named_modules(remove_duplicate=False))
     calls = [n for n in module.graph.nodes if n.op == "call_module" and type(modules[str(n.target)]) in LAYERS]
     own = dict(_fixed(module, calls, modules))
     chains, left = dict[str, tuple[str, ...]](), dict[str, str]()

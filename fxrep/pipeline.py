@@ -96,7 +96,7 @@ class Pipeline:
         rewriter = writer(self.graph, self.plan, self.readings, self.modules, folded)
         collapsed = rewriter.write(self.name)
         sizes = {*self.readings.facts.scalars, *rewriter.numbers}
-        after = census(collapsed.graph, dict(collapsed.named_modules()), sizes)
+        after = census(collapsed.graph, dict(collapsed.named_modules(remove_duplicate=False)), sizes)
         return collapsed, self._report(after, shown)
 
     def _certified(self, keep: bool) -> dict[str, list[Folded]]:

@@ -71,6 +71,47 @@ def _raises(code: list[dis.Instruction], start: int) -> bool:
     return False
 
 
+class Rest(Proxy):
+    """`*args` or `**kwargs`: nothing is in them where the forward asks what is, and the graph asserts so.
+
+    What it takes by an index or a name it needs, so that is given, and recorded.
+    """
+
+    _is_asserted = False
+
+    def _none(self) -> tuple[Any, ...]:
+        if not self._is_asserted:
+            self._is_asserted = True
+            holds = self.tracer.create_proxy("call_function", operator.not_, (self,), {})
+            torch._assert(holds, f"collapsed for a call without {self.node.target}")
+        return ()
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self._none())
+
+    def __len__(self) -> int:
+        return len(self._none())
+
+    def __bool__(self) -> bool:
+        return bool(self._none())
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._none()
+
+    def keys(self) -> Any:
+        return self._none()
+
+    values = items = keys
+
+    def get(self, name: str, default: Any = None) -> Any:
+        return default if name not in self else None
+
+    def pop(self, name: str, *default: Any) -> Any:
+        if not default:
+            raise KeyError(name)
+        return self.get(name, *default)
+
+
 class Pieces(Proxy):
     """The pieces of a chunk or split whose number is written, which can be iterated; fx itself can only unpack."""
 

@@ -20,6 +20,7 @@ from fxrep.proxies import (
     ConstantProxy,
     Pieces,
     Proxy,
+    Rest,
     count_of_pieces,
     is_constant,
     reaches_parameter,
@@ -132,6 +133,12 @@ class Tracer(Recorder):
             return True
         return super().is_leaf_module(m, module_qualified_name)
 
+    def proxy(self, node: fx.Node) -> Proxy:
+        name = str(node.target)
+        if node.op == "placeholder" and name.startswith("*") and name.lstrip("*") not in self.examples:
+            return Rest(node, self)
+        return super().proxy(node)
+
     def call_module(self, m: nn.Module, forward: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The module's result; one whose forward fails on proxies is called as a whole, as if it had been a leaf."""
         before, depth = next(iter(reversed(self.graph.nodes)), None), len(self.module_stack)
@@ -201,6 +208,7 @@ class Tracer(Recorder):
         """An argument with a default is taken to have it, and the graph asserts so; `if mask is None` then decides.
 
         Of a first argument that defaults to None the contrary is taken: it is what the network is a function of.
+        `*args` and `**kwargs` are taken to be empty where the forward looks into them.
         """
         function, args = super().create_args_for_root(root_fn, is_module, concrete_args)
         parameters = inspect.signature(inspect.unwrap(root_fn)).parameters

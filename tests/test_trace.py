@@ -272,6 +272,53 @@ def test_positional_keyword_and_variadic_arguments() -> None:
     equal_results(collapsed, network, a, b * 2, c * 3, z=d * 4)
 
 
+def test_further_arguments_that_a_forward_only_hands_on_are_taken_not_to_be_given() -> None:
+    class Passes(Branching):
+        def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+            return self.predict(x, *args, **kwargs) * (1 if "gain" in kwargs or len(args) else kwargs.pop("scale", 3))
+
+        def predict(self, x: Tensor, flip: bool = False, **kwargs: Any) -> Tensor:
+            y, mask = self.bn(self.conv(x)), kwargs.get("mask")
+            y = y if mask is None else y * mask
+            return -y if flip else y
+
+    network, collapsed = collapse(Passes())
+    x = draw(*SIZES[0])
+    equal_results(collapsed, network, x)
+    assert executed(collapsed, x)["b"] == 0
+    for arguments in ({"mask": x}, {"scale": 2}):
+        with pytest.raises(AssertionError, match=r"\*\*kwargs"):
+            collapsed(x, **arguments)
+    with pytest.raises(AssertionError, match=r"without \*args"):
+        collapsed(x, True)
+
+
+def test_further_arguments_that_are_never_looked_at_may_be_given() -> None:
+    class Ignores(Branching):
+        def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+            return self.bn(self.conv(x))
+
+    network, collapsed = collapse(Ignores())
+    equal_results(collapsed, network, draw(*SIZES[0]), 3, mask=None)
+
+
+def test_one_activation_in_many_places_is_found_under_every_name() -> None:
+    """One module object under several names, of which a sub-module that is kept whole bears the first."""
+
+    class Keeps(Branching):
+        def __init__(self, act: nn.Module) -> None:
+            super().__init__()
+            self.act = act
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.act(self.bn(self.conv(x))) if bool(x.isfinite().all()) else x
+
+    act = nn.SiLU()
+    network, collapsed = collapse(nn.Sequential(Keeps(act), conv(), bn(), act))
+    equal_results(collapsed, network, draw(*SIZES[0]))
+    assert (collapsed.report.before["bn"], collapsed.report.after["bn"]) == (2, 0)
+
+
 def test_structured_inputs() -> None:
     class Structured(Branching):
         def forward(self, inputs: dict[str, Any]) -> Tensor:

@@ -6,6 +6,7 @@ import inspect
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import groupby
 from typing import Any
 
 from torch import nn
@@ -67,8 +68,8 @@ class Islands:
         """Collapses what is in a module that keeps its own forward. `used` is what the graph around it uses too."""
         calls = calls_of(module)
         chained: set[str] = set()
-        for chain in calls.chains:
-            for found in self._chain(path, module, chain, calls, used):
+        for chain in self._runs(path, module, calls, used):
+            for found in self._chain(path, module, chain):
                 chained.update(chain)
                 yield found
         for place in _places(path, module, calls):
@@ -76,18 +77,25 @@ class Islands:
                 yield from self._place(place, used)
         yield _told(path, module, calls, chained)
 
-    def _chain(
-        self, path: str, module: nn.Module, chain: Sequence[str], calls: Calls, used: frozenset[str]
-    ) -> Iterator[Report]:
+    def _runs(self, path: str, module: nn.Module, calls: Calls, used: frozenset[str]) -> Iterator[tuple[str, ...]]:
+        """The parts of the chains of calls in which each member may be replaced."""
+        for chain in calls.chains:
+            for is_free, run in groupby(chain, lambda name: self._is_free(path, module, name, calls, used)):
+                names = tuple(run)
+                if is_free and len(names) > 1:
+                    yield names
+
+    def _is_free(self, path: str, module: nn.Module, name: str, calls: Calls, used: frozenset[str]) -> bool:
+        member = module._modules[name]
+        if member is None or calls.why_not(name) or self._why_kept(_join(path, name), member, used):
+            return False
+        return calls.of[Slot(name)] == [ONE] and _fits(member, [ONE])
+
+    def _chain(self, path: str, module: nn.Module, chain: Sequence[str]) -> Iterator[Report]:
         """Sub-modules that are called one on the result of the other, as one module in the place of the first."""
-        members = {name: module._modules[name] for name in chain}
         whole = nn.Sequential()
-        for name, member in members.items():
-            if member is None or calls.why_not(name) or self._why_kept(_join(path, name), member, used):
-                return
-            if calls.of[Slot(name)] != [ONE] or not _fits(member, [ONE]):
-                return
-            whole.add_module(name, member)
+        for name in chain:
+            whole.add_module(name, module._modules[name])
         counted = census_of_module(whole)
         result, report = self._collapse(whole.eval(), {})
         if not report.collapses:
