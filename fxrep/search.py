@@ -156,10 +156,12 @@ class _Search:
         state = self.state
         cost, steps = state.costs[node], state.recipes[node].steps
         best, margin = None, (0.0, 0)
+        smaller: list[Candidate] = []
         for candidate in self._candidates(node):
             fewer = steps + sum(state.recipes[g].steps for g in candidate.gone) - candidate.steps
-            if fewer <= 0 or not _is_float(candidate.recipe) or self._grows(node, candidate):
+            if fewer <= 0 or not _is_float(candidate.recipe) or self._grows(node, candidate, smaller):
                 continue
+            smaller.append(candidate)
             saved = state.saved((node, *candidate.gone), node, candidate.recipe, candidate.cost)
             tie = TOLERANCE * max(cost, candidate.cost)
             if abs(saved) <= tie:
@@ -174,13 +176,20 @@ class _Search:
             self._note_apart(node, best.recipe.form)
         return best
 
-    def _grows(self, node: str, candidate: Candidate) -> bool:
-        """Whether there would be more layers, additions, multiply-adds or weights than in what is replaced."""
-        apart = total(self.state.efforts[n] for n in (node, *candidate.gone))
+    def _grows(self, node: str, candidate: Candidate, smaller: Iterable[Candidate]) -> bool:
+        """Whether there would be more layers, additions, multiply-adds or weights than in what is replaced, or than in
+        a smaller candidate and what is replaced beside it: what one merge saves is not for another to spend."""
         whole = self.state.effort(node, candidate.recipe)
-        if not whole.exceeds(apart):
+        apart = total(self.state.efforts[n] for n in (node, *candidate.gone))
+        within = [s for s in smaller if s.gone <= candidate.gone]
+        beside = (
+            total((self.state.effort(node, s.recipe), *(self.state.efforts[g] for g in candidate.gone - s.gone)))
+            for s in within
+        )
+        exceeded = next((e for e in (apart, *beside) if whole.exceeds(e)), None)
+        if exceeded is None:
             return False
-        fact = f"as one {candidate.recipe.describe()} it would need {whole.beyond(apart)}"
+        fact = f"as one {candidate.recipe.describe()} it would need {whole.beyond(exceeded)}"
         self._refuse(node, "costs-more", fact, APART)
         return True
 

@@ -53,6 +53,8 @@ class Watch(TorchFunctionMode):
         result = func(*args, **kwargs)
         if type(result) is Tensor:
             self.tracer.remember(result, func, args, kwargs)
+        elif type(result) in (tuple, list) and all(type(piece) is Tensor for piece in result):
+            self.tracer.remember_pieces(tuple(result), func, args, kwargs)
         return result
 
 
@@ -65,6 +67,8 @@ class Remembered:
     function: Any
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
+    #: which one it is, of several that the function gives
+    piece: int | None = None
 
 
 @contextmanager
@@ -188,21 +192,30 @@ class Tracer(Recorder):
             )
         return self.recorded[key]
 
-    def remember(self, tensor: Tensor, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Notes how a tensor was computed, if buffers are among what it was computed from."""
+    def remember(self, tensor: Tensor, *call: Any, piece: int | None = None) -> None:
+        """Notes how a tensor was computed (function, args, kwargs), if buffers are among what it was computed from."""
         operands: list[Any] = []
-        fx.node.map_aggregate((args, kwargs), operands.append)
+        fx.node.map_aggregate(call[1:], operands.append)
         if any(a is tensor for a in operands) or id(tensor) in self.names or tensor.is_inference():
             return
         if any(isinstance(a, Tensor) and (id(a) in self.names or id(a) in self.remembered) for a in operands):
-            self.remembered[id(tensor)] = Remembered(tensor, tensor._version, function, args, kwargs)
+            function, args, kwargs = call
+            self.remembered[id(tensor)] = Remembered(tensor, tensor._version, function, args, kwargs, piece)
+
+    def remember_pieces(self, pieces: tuple[Tensor, ...], *call: Any) -> None:
+        for i, piece in enumerate(pieces):
+            self.remember(piece, *call, piece=i)
 
     def _record(self, known: Remembered) -> fx.Proxy:
+        kind, target, args = "call_function", known.function, known.args
         if known.function.__name__ == "__get__":  # a property, such as `T`
-            return self.create_proxy("call_function", getattr, (*known.args[:1], known.function.__self__.__name__), {})
-        if is_tensor_method_or_property(known.function):
-            return self.create_proxy("call_method", known.function.__name__, known.args, known.kwargs)
-        return self.create_proxy("call_function", known.function, known.args, known.kwargs)
+            target, args = getattr, (*known.args[:1], known.function.__self__.__name__)
+        elif is_tensor_method_or_property(known.function):
+            kind, target = "call_method", known.function.__name__
+        made = self.create_proxy(kind, target, args, {} if target is getattr else known.kwargs)
+        if known.piece is None:
+            return made
+        return self.create_proxy("call_function", operator.getitem, (made, known.piece), {})
 
     def create_args_for_root(self, root_fn: Any, is_module: bool, concrete_args: Any = None) -> tuple[Any, list[Any]]:
         """An argument with a default is taken to have it, and the graph asserts so; `if mask is None` then decides.

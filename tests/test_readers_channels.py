@@ -125,7 +125,28 @@ def ghost(m: Any, x: Tensor) -> Tensor:
     return torch.cat([y, m.cheap_bn(m.cheap(y)).relu()], 1)[:, :6]
 
 
+def branches_over_cat(m: Any, x: Tensor) -> Tensor:
+    """GhostNetV3's strided middle: depthwise branches over a concatenation, that would be twice as many over its parts
+    and yet fewer than the branches."""
+    x = torch.cat([m.a(x).relu(), m.b(x).relu()], 1)
+    x = m.middle[0](x) + m.middle[1](x) + m.middle[2](x)
+    return m.point[0](x) + m.point[1](x)
+
+
+def middle() -> nn.ModuleList:
+    layers = (
+        conv(3, 16, 16, groups=16, stride=2),
+        conv(3, 16, 16, groups=16, stride=2),
+        conv(1, 16, 16, groups=16, stride=2),
+    )
+    return nn.ModuleList(nn.Sequential(layer, bn(16)) for layer in layers)
+
+
 CASES = [
+    Case("branches over cat", lambda: Net(
+        branches_over_cat, a=conv(out=8), b=conv(1, out=8), middle=middle(),
+        point=nn.ModuleList([conv(1, 16, 6), conv(1, 16, 6)]),
+    ), "c4 a0 b0"),
     *(Case(name, lambda f=f: Net(f, **parts()), left) for name, (f, left) in BODIES.items()),
     Case("dense", lambda: Net(dense, **dense_parts()), "c6 b3"),
     Case("ghost", lambda: Net(ghost, b=conv(1), bn=bn(), cheap=conv(3, groups=4), cheap_bn=bn()), "c2 b0"),

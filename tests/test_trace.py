@@ -434,3 +434,28 @@ def test_what_buffers_compute_is_folded_in_float64() -> None:
     gain = 1 / (network.bn.running_var.double() + network.bn.eps).sqrt()
     exact = network.conv.weight.double() * gain.view(-1, 1, 1, 1)
     assert torch.equal(layer.weight, exact.float())
+
+
+class RotatedByTable(nn.Module):
+    """Rotary position embedding: each block takes sine and cosine out of one table, anew."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.bn = conv(), bn()
+        self.register_buffer("table", torch.rand(1, 2, 9, 13), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.bn(self.conv(x))
+        for _ in range(3):
+            sine, cosine = self.table.split(1, 1)
+            x = x * cosine + x.flip(1) * sine
+        return x
+
+
+def test_pieces_of_a_buffer_are_no_constants_of_their_own() -> None:
+    network, collapsed = collapse(RotatedByTable())
+    assert {name: t.shape for name, t in collapsed.named_buffers()} == {"table": (1, 2, 9, 13)}
+    equal_results(collapsed, network, draw(2, 4, 9, 13))
+    network.table.mul_(0.5)
+    collapsed.table.mul_(0.5)
+    equal_results(collapsed, network, draw(2, 4, 9, 13))

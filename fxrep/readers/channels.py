@@ -17,12 +17,25 @@ from fxrep.errors import Illegal
 from fxrep.form import AffineForm
 from fxrep.readers.registry import Call, canonical, reader, shape_rule
 from fxrep.readers.views import FLATTENS, LIKE_ANOTHER, RESHAPES, axes_of, channel_permutation, keeps_rows, layout_of
-from fxrep.shapes import Shape
+from fxrep.shapes import Axis, Shape, Size
 
 SPLITS = (
     torch.chunk, torch.split, torch.tensor_split, "chunk", "split", "tensor_split",
     torch.ops.aten.split_with_sizes.default,
 )  # fmt: skip
+
+
+@shape_rule(operator.getitem)
+def shape_of_slice(at: Call) -> Shape | None:
+    """The axes of the operand, where how many channels are cut from is not known: a later op may tell."""
+    x, index = at.node.args
+    axis = only_slice(index)[0]
+    rank = at.shapes.rank(at.shape(x))
+    if rank is None or isinstance(at.dim(x, at.from_end(x, axis)), int):
+        return None
+    tail = [at.dim(x, i) for i in range(-rank, 0)]
+    tail[axis] = Size(Axis(at.node.name, axis if axis < 0 else axis - rank))
+    return Shape(None, tuple(d for d in tail if d is not None))
 
 
 @shape_rule(*SPLITS)
