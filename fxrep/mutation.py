@@ -40,10 +40,10 @@ FUNCTIONS: dict[Any, Any] = {
     operator.setitem: assigned,
 }  # fmt: skip
 IDENTITY_MODULES = (nn.Identity, *DROPOUTS)
+DETACHED: frozenset[Any] = frozenset(("detach", torch.detach))
 #: Ops whose result is the operand itself, entry for entry. Not "contiguous" or "to", which may copy.
 SAME_ENTRIES: tuple[Any, ...] = (
-    "detach", torch.detach, "view_as", torch.ops.aten.alias.default, *IDENTITY_MODULES,
-    *FUNCTIONAL_DROPOUTS,
+    *DETACHED, "view_as", torch.ops.aten.alias.default, *IDENTITY_MODULES, *FUNCTIONAL_DROPOUTS,
 )  # fmt: skip
 #: Modules of torch.nn whose result may share memory with the operand.
 VIEW_MODULES = (nn.Flatten, nn.Unflatten, nn.PixelShuffle, nn.PixelUnshuffle, nn.Fold, nn.Unfold, nn.ChannelShuffle)
@@ -78,8 +78,9 @@ class InPlace:
 
 @dataclass
 class _Memory:
-    """Which values may share memory: classes of nodes, merged as views are met."""
+    """Which values may share memory: classes of nodes, merged as views are met; `same` give their very operand."""
 
+    same: frozenset[Any]
     of: dict[Node, int] = field(default_factory=dict)
     members: dict[int, list[Node]] = field(default_factory=dict)
 
@@ -110,23 +111,24 @@ class Writes:
     places: Mapping[str, tuple[int, ...]]
 
 
-def functionalize(graph: Graph, modules: dict[str, nn.Module]) -> Writes:
+def functionalize(graph: Graph, modules: dict[str, nn.Module], *, trains: bool = False) -> Writes:
     """Turns in-place ops into new versions of their value, in `graph`, and tells of those that cannot be followed.
 
     Those are writes into a value of which a view is read later, to the network's own input or to a parameter, and
-    whatever a module or function that nothing is known about may do to what it is given.
+    whatever a module or function that nothing is known about may do to what it is given. In a graph that `trains` a
+    detached value is no version of the other: what is written into one has other gradients when read as the other.
     """
-    memory = _Memory()
+    memory = _Memory(frozenset(SAME_ENTRIES) - (DETACHED if trains else frozenset()))
     pinned: set[str] = set()
     places: dict[str, list[int]] = {}
     position = {node: i for i, node in enumerate(graph.nodes)}
     for node in list(graph.nodes):
         written = _written_operand(node, modules)
-        if written is not None and _follow(node, written, memory.sharing(written), position, modules):
+        if written is not None and _follow(node, written, memory, position, modules):
             memory.fresh(node)
             continue
         if written is not None and node.target is not operator.setitem and "out" not in node.kwargs:
-            _read_after(node, written, memory.sharing(written), position, modules)
+            _read_after(node, written, memory, position, modules)
         memory.join(node, _may_share_with(node, modules) if written is None else [written])
         touched = [] if written is None else memory.sharing(node)
         pinned.update(n.name for n in touched)
@@ -213,13 +215,14 @@ def _is_known(node: Node, modules: dict[str, nn.Module]) -> bool:
 
 
 def _follow(
-    node: Node, written: Node, sharing: list[Node], position: dict[Node, int], modules: dict[str, nn.Module]
+    node: Node, written: Node, memory: _Memory, position: dict[Node, int], modules: dict[str, nn.Module]
 ) -> bool:
     """Makes the node functional and lets later readers of what it wrote read the new version. False: cannot be told."""
+    sharing = memory.sharing(written)
     if any(n.op in ("placeholder", "get_attr") for n in sharing) or "out" in node.kwargs:
         return False
     later = [(n, u) for n in sharing for u in n.users if u is not node and position[u] > position[node]]
-    if any(_origin(n, modules) is not _origin(written, modules) for n, _ in later):
+    if any(_origin(n, memory, modules) is not _origin(written, memory, modules) for n, _ in later):
         return False
     if not _make_functional(node, modules):
         return False
@@ -229,19 +232,19 @@ def _follow(
 
 
 def _read_after(
-    node: Node, written: Node, sharing: list[Node], position: dict[Node, int], modules: dict[str, nn.Module]
+    node: Node, written: Node, memory: _Memory, position: dict[Node, int], modules: dict[str, nn.Module]
 ) -> None:
     """Lets later readers of what is written in place read the result, which is the same tensor: one value, one name."""
-    for same in sharing:
-        if _origin(same, modules) is _origin(written, modules):
+    for same in memory.sharing(written):
+        if _origin(same, memory, modules) is _origin(written, memory, modules):
             for user in [u for u in same.users if position[u] > position[node]]:
                 user.replace_input_with(same, node)
 
 
-def _origin(node: Node, modules: dict[str, nn.Module]) -> Node:
+def _origin(node: Node, memory: _Memory, modules: dict[str, nn.Module]) -> Node:
     while node.args and isinstance(node.args[0], Node):
         target = type(modules[str(node.target)]) if node.op == "call_module" else canonical(node.target)
-        if target not in SAME_ENTRIES or _draws(node, modules):
+        if target not in memory.same or _draws(node, modules):
             break
         node = node.args[0]
     return node

@@ -36,12 +36,12 @@ class Pipeline:
 
     def __init__(
         self, name: str, traced: Traced, examples: Mapping[str, Any], aim: Aim, strict: bool = False,
-        told: Told = NOTHING, legal: Legal = lambda _: None,
+        told: Told = NOTHING, legal: Legal = lambda _: None, trains: bool = False,
     ) -> None:  # fmt: skip
         self.name, self.traced, self.graph, self.modules = name, traced, traced.graph, dict(traced.modules)
         self.before = census(self.graph, self.modules)
         drop_identities(self.graph, self.modules)
-        writes = functionalize(self.graph, self.modules)
+        writes = functionalize(self.graph, self.modules, trains=trains)
         shapes = {**_example_shapes(self.graph, examples), **told.examples}
         self.readings = read_graph(self.graph, self.modules, {name: len(shape) for name, shape in shapes.items()}, told)
         self.nodes: dict[str, Node] = {n.name: n for n in self.graph.nodes}

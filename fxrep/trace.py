@@ -25,8 +25,9 @@ class Traced:
     modules: dict[str, nn.Module] = field(default_factory=dict)
 
 
-def trace(root: nn.Module, examples: Mapping[str, Any] | None = None) -> Traced | Refusal:
-    """Traces `root`; a sub-module that cannot be traced becomes a leaf.
+def trace(root: nn.Module, examples: Mapping[str, Any] | None = None, *, trains: bool = False) -> Traced | Refusal:
+    """Traces `root`; a sub-module that cannot be traced becomes a leaf, and where the graph `trains`, one that turns
+    autograd off.
 
     A Refusal comes back where the outermost forward itself cannot be traced.
     """
@@ -38,7 +39,7 @@ def trace(root: nn.Module, examples: Mapping[str, Any] | None = None) -> Traced 
         kept_from_the_start = frozenset(kept)
         snapshot = Snapshot(root)
         try:
-            graph = Tracer(kept, examples or {}).trace(root)
+            graph = Tracer(kept, examples, trains).trace(root)
         except Exception as error:  # whatever a forward does with a proxy may raise anything
             snapshot.restore()
             return untraceable(type(root).__name__, told(error))

@@ -115,8 +115,11 @@ class Tracer(Recorder):
     `kept` names the modules to keep with their own forward, and why; those that fail on the way are added to it.
     """
 
-    def __init__(self, kept: dict[str, str] | None = None, examples: Mapping[str, Any] | None = None) -> None:
+    def __init__(
+        self, kept: dict[str, str] | None = None, examples: Mapping[str, Any] | None = None, trains: bool = False
+    ) -> None:
         super().__init__()
+        self.trains = trains
         self.kept = {} if kept is None else kept
         self.examples = examples or {}
         self.names: dict[int, str] = {}
@@ -174,6 +177,8 @@ class Tracer(Recorder):
         written = args[0] if args and writes(target, kwargs) else None
         if isinstance(written, fx.Proxy) and reaches_parameter(written.node):
             raise fx.proxy.TraceError("it writes into a parameter")
+        if self.trains and not torch.is_grad_enabled():
+            raise fx.proxy.TraceError("it turns autograd off, and a graph has it on throughout")
         return super().create_proxy(kind, target, args, kwargs, *rest, **options)
 
     def create_arg(self, a: Any) -> Any:

@@ -2,93 +2,17 @@
 
 from __future__ import annotations
 
-import copy
 import json
 from typing import Any
 
 import pytest
 import torch
-from helpers import randomise, relative_error
+from helpers import relative_error
 from torch import Tensor, nn
 from training_cases import Fixed, Scale, Sum, scaled
 
 import fxrep
 from fxrep.errors import FxrepError
-
-#: name -> convolution, size of the map
-SITES: dict[str, tuple[nn.Module, tuple[int, ...]]] = {
-    "plain": (nn.Conv2d(4, 4, 3, padding=1, bias=False), (9, 8)),
-    "strided": (nn.Conv2d(4, 6, 3, stride=2, padding=1), (9, 8)),
-    "grouped": (nn.Conv2d(4, 8, 3, padding=1, groups=2), (9, 8)),
-    "depthwise": (nn.Conv2d(4, 4, 5, padding=2, groups=4), (9, 8)),
-    "dilated": (nn.Conv2d(4, 4, 3, padding=2, dilation=2), (9, 8)),
-    "1d": (nn.Conv1d(4, 4, 3, padding=1), (11,)),
-    "3d": (nn.Conv3d(4, 4, 3, padding=1), (5, 6, 5)),
-}
-NORMS = {1: nn.BatchNorm1d, 2: nn.BatchNorm2d, 3: nn.BatchNorm3d}
-
-
-def around(site: str) -> tuple[nn.Module, Tensor]:
-    conv, size = SITES[site]
-    conv, x = copy.deepcopy(conv), torch.randn(2, 4, *size, dtype=torch.float64)
-    return nn.Sequential(conv, NORMS[len(size)](conv.out_channels), nn.ReLU()).double(), x
-
-
-def layers(net: nn.Module) -> list[str]:
-    kinds = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
-    return [str(m).replace(", bias=False", "") for m in net.modules() if isinstance(m, kinds)]
-
-
-@pytest.mark.parametrize("block", ["repvgg", "acnet", "dbb", "mobileone", "ecbsr", "dilated"])
-@pytest.mark.parametrize("site", SITES)
-def test_expanded_and_collapsed_it_has_the_deploy_shape(site: str, block: str):
-    net, x = around(site)
-    expanded = fxrep.expand(net, block)
-    if not expanded.expansion.expanded:
-        (refusal,) = expanded.expansion.refusals
-        assert refusal.code == "not-expandable"
-        assert (site, block) in LEFT_ALONE
-        return
-    assert (site, block) not in LEFT_ALONE
-    randomise(expanded)
-    collapsed = fxrep.reparameterize(expanded, x)
-    assert layers(collapsed) == layers(fxrep.reparameterize(net, x))
-    assert relative_error(collapsed(x), expanded.eval()(x)) < 1e-10
-
-
-LEFT_ALONE = {
-    ("1d", "acnet"), ("depthwise", "ecbsr"),
-    *((site, "dilated") for site in SITES if site != "depthwise"),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("block", ["repvgg", "acnet", "dbb", "mobileone", "ecbsr"])
-@pytest.mark.parametrize("training", [False, True])
-def test_preserved_it_computes_what_it_computed(block: str, training: bool):
-    net, x = around("strided")
-    randomise(net).train(training)
-    expanded = fxrep.expand(net, block, preserve=True)
-    assert relative_error(expanded(x), net(x)) < 1e-12
-    assert len(list(expanded.parameters())) > len(list(net.parameters()))
-    assert (fxrep.expand(net, block).train(training)(x) - net(x)).abs().max() > 1e-3
-
-
-def test_where_and_a_block_of_ones_own():
-    net = nn.Sequential(nn.Conv2d(4, 4, 3, padding=1), nn.ReLU(), nn.Conv2d(4, 4, 3, padding=1)).double()
-
-    def twin(conv: Any) -> dict[str, nn.Module]:
-        return {"twin": copy.deepcopy(conv)}
-
-    expanded = fxrep.expand(net, twin, where="2")
-    assert expanded.expansion.expanded == ("2",)
-    assert layers(fxrep.reparameterize(expanded)) == layers(net)
-    with pytest.raises(FxrepError, match="fits no convolution"):
-        fxrep.expand(net, where="stages.*")
-    with pytest.raises(FxrepError, match="there is no block"):
-        fxrep.expand(net, "repvg")
-    with pytest.raises(FxrepError, match="same stride"):
-        fxrep.expand(net, lambda conv: {"valid": nn.Conv2d(4, 4, 3).double()})
-
 
 # Hyper-search.
 
@@ -168,6 +92,49 @@ def test_a_fold_over_a_bias_that_happens_to_be_zero_is_refused():
     nn.init.zeros_(first.bias)
     target = fxrep.target(nn.Sequential(first, nn.ZeroPad2d(1), Fixed(4)).double())
     assert {r.code for r in target.report.refusals} & {"holds-by-value"}
+
+
+# Gradients that do not go where the values come from.
+
+
+class TurnedOff(nn.Module):
+    """The input has no gradient by `a`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = scaled(4, 4, 3), scaled(4, 4, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            y = self.a(x)
+        return y + self.b(x)
+
+
+class WritesThroughDetached(nn.Module):
+    """`b` reads what is written, and its gradient does not go to what wrote it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c = (scaled(4, 4, 1) for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y, written = x * 0.5, self.a(x)
+        z = y.detach()
+        z += written
+        return self.b(y) + self.c(z)
+
+
+@pytest.mark.parametrize("make", [fxrep.target, fxrep.online])
+@pytest.mark.parametrize("kind", [TurnedOff, WritesThroughDetached])
+def test_gradients_go_where_the_forward_lets_them(kind: type[nn.Module], make: Any):
+    torch.manual_seed(0)
+    net = nn.Sequential(Sum(4, scaled(4, 4, 3), scaled(4, 4, 1), norm=False), kind()).double()
+    made, x = make(net), torch.randn(2, 4, 6, 5, dtype=torch.float64)
+    assert any(collapse.name.startswith("0.") for collapse in made.report.collapses)
+    inputs = [x.clone().requires_grad_() for _ in range(2)]
+    for model, given in zip((net, made), inputs, strict=True):
+        model(given).square().sum().backward()
+    assert relative_error(inputs[1].grad, inputs[0].grad) < 1e-12
 
 
 # Online.

@@ -85,7 +85,8 @@ def rewritten_as_it_trains(
         result = finished(root, root, model, before, unchanged_report(type(model).__name__, root, traced))
     else:
         aim = aim_of(model.parameters())
-        written, report = write(Pipeline(type(model).__name__, traced, examples, aim, legal=legal(traced.root)))
+        line = Pipeline(type(model).__name__, traced, examples, aim, legal=legal(traced.root), trains=True)
+        written, report = write(line)
         result = finished(written, traced.root, model, before, _told_of_kept(report, traced))
     return _restore_modes(result, model)
 
@@ -101,7 +102,8 @@ def _trace_as_it_trains(model: nn.Module, examples: dict[str, Any]) -> Traced | 
     root = structural_copy(model)
     for new, old in zip(root.modules(), model.modules(), strict=True):
         new.training = old.training
-    traced, in_eval = trace(root, examples), trace(structural_copy(model), examples)
+    with torch.enable_grad():
+        traced, in_eval = (trace(net, examples, trains=True) for net in (root, structural_copy(model)))
     if isinstance(traced, Refusal) or isinstance(in_eval, Refusal):
         return traced if isinstance(traced, Refusal) else in_eval
     if str(traced.graph) != str(in_eval.graph):
