@@ -28,10 +28,12 @@ DILATED: Mapping[int, tuple[Ints, Ints]] = {
 
 @dataclass(frozen=True)
 class Block:
-    """`branches` beside the convolution; a `normalised` block has a batch norm at the end of each, and none after."""
+    """`branches` beside the convolution; a `normalised` block has a batch norm at the end of each, and none after. A
+    `shifting` one, by a bias or a batch norm, adds to the output of zero."""
 
     branches: Callable[[Site], Mapping[str, nn.Module]]
     normalised: bool = True
+    shifting: bool = True
 
 
 def normalised(site: Site, *layers: nn.Module) -> nn.Sequential:

@@ -37,13 +37,14 @@ def expand(
 ) -> nn.Module:
     """A copy of the network with training-time branches in the place of its convolutions.
 
-    `reparameterize` of the result, trained or not, has the layers of `reparameterize(model)` (with a bias, where
-    branches have batch norms and the convolution had neither bias nor batch norm).
+    `reparameterize` of the result, trained or not, has the layers of `reparameterize(model)`, biases included: a
+    convolution whose layer has none there stays alone, for the blocks named below all have shifts.
 
     Args:
         model: any network that can be traced; it is not touched.
         block: one of `repvgg`, `acnet`, `dbb`, `mobileone`, `ecbsr`, `dilated`; or a function from a convolution to the
-            branches beside it by name (None: it stays alone), each from its input to a map of its output's shape.
+            branches beside it by name (None: it stays alone), each from its input to a map of its output's shape;
+            with shifts where the convolution has none, the deployed layer gains a bias.
         where: a pattern of qualified names ("stages.*"), or a predicate of name and layer (None: every convolution).
         preserve: compute what the model computes, in training mode too: the convolution and its batch norm are kept as
             the first branch, and the last layer of every other one starts at zero. Else everything is initialised
@@ -60,6 +61,9 @@ def expand(
     chosen = _chosen(block)
 
     def build(site: Site) -> nn.Module:
+        if chosen.shifting and not site.is_shifted:
+            fact = "its branches add a bias, and the layer that the convolution is deployed as has none"
+            raise Illegal("not-expandable", fact, "give the convolution a bias, or pass branches without one")
         extra = chosen.branches(site)
         if not extra:
             raise Illegal("not-expandable", "the block has no branch for its geometry")
@@ -113,7 +117,7 @@ def _chosen(block: str | UserBlock) -> Block:
         if block not in BLOCKS:
             raise FxrepError(f"there is no block {block!r}; there are {', '.join(BLOCKS)}, or pass a function")
         return BLOCKS[block]
-    return Block(lambda site: block(site.conv) or {}, normalised=False)
+    return Block(lambda site: block(site.conv) or {}, normalised=False, shifting=False)
 
 
 def _predicate(where: Where) -> Callable[[str, nn.Module], bool]:

@@ -11,28 +11,33 @@ from torch import nn
 from torch.fx import Graph, Node
 from torch.nn.utils import parametrize
 
+from fxrep import kernel as K
 from fxrep.affine import Ints
+from fxrep.api import aim_of
 from fxrep.copying import structural_copy
 from fxrep.errors import Illegal, Refusal
 from fxrep.fold import CONV_LAYERS
+from fxrep.pipeline import Pipeline
 from fxrep.readers import is_hooked, read_graph
 from fxrep.readers.convolution import CONVS, TRANSPOSED, pads_of
 from fxrep.readers.registry import meaning_of
 from fxrep.shapes import Shapes
-from fxrep.trace import trace
+from fxrep.trace import Traced, trace
 from fxrep.training.branches import NORMS, batch_norm
 
 
 @dataclass(frozen=True, eq=False)
 class Site:
     """A convolution that can be replaced; `norm` is the batch norm that it alone feeds, `index` its place in its stage,
-    the run of convolutions that give maps of one size and one number of channels."""
+    the run of convolutions that give maps of one size and one number of channels. `is_shifted`: whether the layer that
+    it is a part of in the deploy form has a bias."""
 
     name: str
     conv: Any
     norm_name: str | None
     norm: nn.Module | None
     index: int
+    is_shifted: bool
 
     @property
     def dims(self) -> int:
@@ -126,9 +131,19 @@ def find_sites(model: nn.Module) -> tuple[list[Site], list[Refusal]]:
     places += Counter(id(p) for _, p in model.named_parameters(remove_duplicate=False))
     reasons = {name: _obstacle(model.get_submodule(name), name, calls, places) for name in names}
     order = [n for n in calls if n in reasons and reasons[n] is None]
-    indices = _places(traced.graph, dict(root.named_modules()), [calls[n][0] for n in order])
-    sites = [_site(model, name, calls, index) for name, index in zip(order, indices, strict=True)]
+    indices = list(_places(traced.graph, dict(root.named_modules()), [calls[n][0] for n in order]))
+    norms = [_norm_after(model, calls[name], calls) for name in order]
+    shifted = _shifted(model, traced)
+    sites = [_site(model, *found, shifted) for found in zip(order, norms, indices, strict=True)]
     return sites, [r for r in reasons.values() if r is not None]
+
+
+def _shifted(model: nn.Module, traced: Traced) -> frozenset[int]:
+    """The weights, by identity, of which `reparameterize` makes layers with a bias. Uses the traced graph up."""
+    planned = Pipeline(type(model).__name__, traced, {}, aim_of(model.parameters())).plan
+    layers = [e.kernels for d in planned.decisions.values() for e in d.recipe.emits]
+    weights = [weight for weight, bias in layers if bias is not None]
+    return frozenset(id(leaf.tensor) for leaf in K.leaves(*weights))
 
 
 def _obstacle(conv: Any, name: str, calls: Mapping[str, list[Node]], places: Mapping[int, int]) -> Refusal | None:
@@ -147,10 +162,10 @@ def _obstacle(conv: Any, name: str, calls: Mapping[str, list[Node]], places: Map
     return None
 
 
-def _site(model: nn.Module, name: str, calls: Mapping[str, list[Node]], index: int) -> Site:
-    norm_name = _norm_after(model, calls[name], calls)
+def _site(model: nn.Module, name: str, norm_name: str | None, index: int, shifted: frozenset[int]) -> Site:
+    conv: Any = model.get_submodule(name)
     norm = None if norm_name is None else model.get_submodule(norm_name)
-    return Site(name, model.get_submodule(name), norm_name, norm, index)
+    return Site(name, conv, norm_name, norm, index, conv.bias is not None or id(conv.weight) in shifted)
 
 
 def _norm_after(model: nn.Module, nodes: list[Node], calls: Mapping[str, list[Node]]) -> str | None:
