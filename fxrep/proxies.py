@@ -83,7 +83,8 @@ class Rest(Proxy):
         if not self._is_asserted:
             self._is_asserted = True
             holds = self.tracer.create_proxy("call_function", operator.not_, (self,), {})
-            torch._assert(holds, f"collapsed for a call without {self.node.target}")
+            name = self.node.target
+            torch._assert(holds, f"collapsed for a call without {name}; pass {name} in example_inputs to allow them")
         return ()
 
     def __iter__(self) -> Iterator[Any]:

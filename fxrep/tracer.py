@@ -142,9 +142,8 @@ class Tracer(Recorder):
 
     def proxy(self, node: fx.Node) -> Proxy:
         name = str(node.target)
-        if node.op == "placeholder" and name.startswith("*") and name.lstrip("*") not in self.examples:
-            return Rest(node, self)
-        return super().proxy(node)
+        is_rest = node.op == "placeholder" and name.startswith("*") and node.prev.op == "placeholder"
+        return Rest(node, self) if is_rest and name.lstrip("*") not in self.examples else super().proxy(node)
 
     def call_module(self, m: nn.Module, forward: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The module's result; one whose forward fails on proxies is called as a whole, as if it had been a leaf."""
@@ -226,7 +225,7 @@ class Tracer(Recorder):
         """An argument with a default is taken to have it, and the graph asserts so; `if mask is None` then decides.
 
         Of a first argument that defaults to None the contrary is taken: it is what the network is a function of.
-        `*args` and `**kwargs` are taken to be empty where the forward looks into them.
+        `*args` and `**kwargs` after others are taken to be empty where the forward looks into them.
         """
         function, args = super().create_args_for_root(root_fn, is_module, concrete_args)
         parameters = inspect.signature(inspect.unwrap(root_fn)).parameters

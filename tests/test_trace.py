@@ -293,6 +293,19 @@ def test_further_arguments_that_a_forward_only_hands_on_are_taken_not_to_be_give
         collapsed(x, True)
 
 
+@pytest.mark.parametrize(
+    "forward",
+    [lambda m, *xs: sum(m.bn(m.conv(x)) for x in xs), lambda m, **named: [m.bn(m.conv(named[k])) for k in named]],
+)
+def test_variadic_arguments_that_are_all_there_is_may_be_given(forward: Callable[..., Any]) -> None:
+    """Of a network of nothing else, they are what it is a function of: its forward is kept."""
+    network, collapsed = collapse(type("Variadic", (Branching,), {"forward": forward})())
+    a, b = draw(*SIZES[0]), draw(*SIZES[0])
+    for inputs in ((a,), (a, b)):
+        arguments = {"x": inputs[0], "y": inputs[-1]} if "named" in forward.__code__.co_varnames else {}
+        equal_results(collapsed, network, *(() if arguments else inputs), **arguments)
+
+
 def test_further_arguments_that_are_never_looked_at_may_be_given() -> None:
     class Ignores(Branching):
         def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
