@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 from collections import OrderedDict
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -20,7 +19,7 @@ HOOKS = (
 OWN_COPY = ("__deepcopy__", "__reduce__", "__reduce_ex__", "__getstate__", "__setstate__", "__new__", "__getnewargs__",
             "__getnewargs_ex__")  # fmt: skip
 
-ATOMS = (bool, int, float, complex, str, bytes, type(None), type)
+ATOMS = frozenset((bool, int, float, complex, str, bytes, type(None), type))
 
 
 def structural_copy(model: nn.Module) -> nn.Module:
@@ -29,10 +28,8 @@ def structural_copy(model: nn.Module) -> nn.Module:
     modules = list(model.modules())
     for module in modules:
         memo.update({id(p): p for p in module._parameters.values() if p is not None})
-        computed = [t for t in _tensors(vars(module)) if not t.is_leaf]  # which cannot be deep-copied as they are
-        memo.update({id(t): t.detach().clone() for t in computed})
         hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
-        memo.update({id(h): h for kind in hooks for h in kind.values()})
+        memo.update({id(h): h for kind in hooks if kind for h in kind.values()})
     try:
         copied = _copied(model, memo).eval()
     except Exception as error:
@@ -57,25 +54,32 @@ def _complete(old: nn.Module, new: nn.Module) -> None:
 
 
 def _copied(value: Any, memo: dict[int, Any]) -> Any:
-    """`copy.deepcopy`, quicker on what module trees are made of: it does not ask each object how to copy it."""
-    if isinstance(value, ATOMS):
+    """`copy.deepcopy`, quicker on what module trees are made of: it does not ask each object how to copy it. It copies
+    tensors that were computed too."""
+    kind = type(value)
+    if kind in ATOMS:
         return value
     if id(value) in memo:
         return memo[id(value)]
     made: Any
-    kind = type(value)
-    if kind is Tensor and value.is_leaf and not value.requires_grad:
-        made = memo[id(value)] = value.clone()
-        return made
-    if kind is dict or kind is OrderedDict:
+    if kind is Tensor and not (value.is_leaf and value.requires_grad):
+        made = memo[id(value)] = value.detach().clone()
+    elif kind is dict or kind is OrderedDict:
         made = memo[id(value)] = kind()
-        made.update({_copied(k, memo): _copied(v, memo) for k, v in value.items()} if value else ())
-        return made
-    if isinstance(value, nn.Module) and _is_plain(kind):
+        if value:
+            made.update([(_copied(k, memo), _copied(v, memo)) for k, v in value.items()])
+    elif kind is list:
+        made = memo[id(value)] = []
+        made.extend([_copied(entry, memo) for entry in value])
+    elif kind is tuple:
+        made = tuple([_copied(entry, memo) for entry in value])
+        made = value if all(a is b for a, b in zip(made, value, strict=True)) else made
+    elif isinstance(value, nn.Module) and _is_plain(kind):
         made = memo[id(value)] = object.__new__(kind)
-        vars(made).update({name: _copied(attribute, memo) for name, attribute in vars(value).items()})
-        return made
-    return copy.deepcopy(value, memo)
+        vars(made).update([(n, a if type(a) in ATOMS else _copied(a, memo)) for n, a in vars(value).items()])
+    else:
+        made = copy.deepcopy(value, memo)
+    return made
 
 
 _PLAIN: dict[type, bool] = {}
@@ -93,12 +97,3 @@ def _is_plain(kind: type) -> bool:
 def _is_torchs(kind: type, method: str) -> bool:
     """Whether it is the `__setstate__` by which a layer of torch.nn restores what its older versions lacked."""
     return method == "__setstate__" and str(getattr(kind, method).__module__).startswith("torch.nn.modules.")
-
-
-def _tensors(value: Any) -> Iterator[Tensor]:
-    """The tensors in a structure of dicts, lists and tuples."""
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, (dict, list, tuple)):
-        for entry in value.values() if isinstance(value, dict) else value:
-            yield from _tensors(entry)

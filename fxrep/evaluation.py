@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import fields, replace
 from typing import Any
 
 import torch
@@ -57,7 +56,7 @@ def _positive(node: Kernel, operands: dict[int, Kernel]) -> Kernel:
             return tuple(map(swapped, value))
         return operands[id(value)] if isinstance(value, Kernel) else value
 
-    return replace(node, **{f.name: swapped(getattr(node, f.name)) for f in fields(node) if f.init})
+    return type(node)(**{name: swapped(value) for name, value in node.arguments.items()})
 
 
 def evaluate(kernel: Kernel, leaf_value: LeafValue = in_float64, like: Tensor | None = None) -> Tensor:

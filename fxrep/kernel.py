@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import product
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,8 +28,18 @@ class Kernel:
 
     def __post_init__(self) -> None:
         assert all(isinstance(n, int) for n in self.shape), self.shape
-        found = [k for value in vars(self).values() for k in (value if isinstance(value, tuple) else (value,))]
-        object.__setattr__(self, "operands", tuple(k for k in found if isinstance(k, Kernel)))
+        found: list[Kernel] = []
+        for value in vars(self).values():
+            if isinstance(value, Kernel):
+                found.append(value)
+            elif isinstance(value, tuple):
+                found += [k for k in value if isinstance(k, Kernel)]
+        object.__setattr__(self, "operands", tuple(found))
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """What it was made with, by name."""
+        return {name: value for name, value in vars(self).items() if name != "operands"}
 
     def _compute(self, *values: Tensor) -> Tensor:
         raise NotImplementedError
@@ -290,15 +301,15 @@ def topological(kernels: Sequence[Kernel | None]) -> list[Kernel]:
     """Operands before users, each node once; iterative, since a fold may be deeper than Python's stack."""
     order: list[Kernel] = []
     done: set[int] = set()
-    todo: list[tuple[Kernel, bool]] = [(k, False) for k in reversed(kernels) if k is not None]
+    todo = [k for k in reversed(kernels) if k is not None]
     while todo:
-        node, expanded = todo.pop()
-        if id(node) in done:
+        node = todo[-1]
+        missing = [o for o in node.operands if id(o) not in done]
+        if missing:
+            todo += reversed(missing)
             continue
-        if expanded:
+        todo.pop()
+        if id(node) not in done:
             done.add(id(node))
             order.append(node)
-            continue
-        todo.append((node, True))
-        todo.extend((o, False) for o in reversed(node.operands) if id(o) not in done)
     return order

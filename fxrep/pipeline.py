@@ -55,7 +55,8 @@ class Pipeline:
 
     def explain(self) -> Report:
         """The report of the plan, with nothing folded and so nothing certified."""
-        return self._report(planned(self.graph, self.modules, self.plan, self.readings.facts.scalars))
+        names = layer_names(self.plan, self.nodes, self.modules)
+        return self._report(planned(self.graph, self.modules, self.plan, self.readings.facts.scalars), names)
 
     def _plan(self) -> None:
         """Plans, and plans anew while the network would hold more numbers than before."""
@@ -97,7 +98,7 @@ class Pipeline:
         collapsed = rewriter.write(self.name)
         sizes = {*self.readings.facts.scalars, *rewriter.numbers}
         after = census(collapsed.graph, dict(collapsed.named_modules(remove_duplicate=False)), sizes)
-        return collapsed, self._report(after, shown)
+        return collapsed, self._report(after, rewriter.names, shown)
 
     def _certified(self, keep: bool) -> dict[str, list[Folded]]:
         """The numbers of every decision, if they are to be kept. Plans anew until no decision is refused."""
@@ -139,10 +140,11 @@ class Pipeline:
             return Refusal(decision.at, illegal.code, illegal.reason, illegal.hint)
         return self.certify(region, doubles) or region
 
-    def _report(self, after: dict[str, int], shown: Mapping[int, Picture] | None = None) -> Report:
+    def _report(
+        self, after: dict[str, int], names: Mapping[int, str], shown: Mapping[int, Picture] | None = None
+    ) -> Report:
         """The plan in the user's names."""
         plan = self.plan
-        names = layer_names(plan, self.nodes, self.traced.modules)
         collapses = tuple(
             Collapse(
                 next((names[id(e)] for e in d.recipe.emits if not e.is_pass), self._label(d.at)),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -112,10 +112,11 @@ class FoldPlan:
 
         Raises FxrepError, with nothing changed, where `model` is not of the architecture that was collapsed.
         """
-        self._check(_registered(model), layers_of(model))
-        tensors = tensors_of(model)
+        modules = _modules(model)
+        self._check(_registered(modules), _layers(modules))
+        tensors = _tensors(modules)
         self._check_needed(tensors)
-        targets = tensors_of(collapsed)
+        targets = _tensors(_modules(collapsed))
         with torch.no_grad():
             for new, fold in self._bound(tensors):
                 fold.into(targets[new].detach())
@@ -200,26 +201,28 @@ class Architecture:
 
     @staticmethod
     def of(model: nn.Module) -> Architecture:
-        signature = {n: (tuple(t.shape), t.dtype) for n, t in _registered(model).items()}
-        return Architecture(signature, layers_of(model), tensors_of(model))
+        modules = _modules(model)
+        signature = {n: (tuple(t.shape), t.dtype) for n, t in _registered(modules).items()}
+        return Architecture(signature, _layers(modules), _tensors(modules))
 
 
 def make_fold_plan(result: nn.Module, root: nn.Module, before: Architecture) -> FoldPlan:
     """From the drafts in `result` and the names that their leaves had before, or that tracing gave them in `root`."""
     drafts = [(name, vars(m).pop(DRAFT)) for name, m in result.named_modules() if DRAFT in vars(m)]
-    constants = {name: t for name, t in tensors_of(root).items() if CONSTANT in name}
+    constants = {name: t for name, t in _tensors(_modules(root)).items() if CONSTANT in name}
     names = {id(t): name for name, t in reversed({**constants, **before.tensors}.items())}
+    renamed = _renaming(names)
     folds, equal, indices = dict[str, Fold](), list[Equal](), dict[str, Tensor]()
     try:
         for prefix, draft in drafts:
-            folds |= {_joined(prefix, n): replace(f, kernel=_renamed(f.kernel, names)) for n, f in draft.folds.items()}
-            equal += [_over(e, lambda kernel: _renamed(kernel, names)) for e in draft.equal]
+            folds |= {_joined(prefix, n): replace(f, kernel=renamed(f.kernel)) for n, f in draft.folds.items()}
+            equal += [_over(e, renamed) for e in draft.equal]
             indices |= {names[id(t)]: t.detach().cpu().clone() for t in draft.indices if id(t) in names}
     except KeyError as unnamed:
         return FoldPlan(lost=str(unnamed.args[0]))
-    present = tensors_of(result)
-    kept = {new: names[id(t)] for new, t in present.items() if new not in folds and id(t) in names}
-    static = {new: t for new, t in _registered(result).items() if new not in folds and new not in kept}
+    present = _modules(result)
+    kept = {new: names[id(t)] for new, t in _tensors(present).items() if new not in folds and id(t) in names}
+    static = {new: t for new, t in _registered(present).items() if new not in folds and new not in kept}
     keys = tuple(result.state_dict(keep_vars=True))
     return FoldPlan(folds, kept, static, tuple(equal), indices, before.signature, before.layers, keys)
 
@@ -228,36 +231,53 @@ def _joined(prefix: str, name: str) -> str:
     return f"{prefix}.{name}" if prefix else name
 
 
-def tensors_of(model: nn.Module) -> dict[str, Tensor]:
-    """Parameters, buffers and plain tensor attributes by their dotted names, each under every name that it has."""
-    found = _registered(model)
-    for prefix, module in model.named_modules(remove_duplicate=False):
-        plain = ((n, t) for n, t in vars(module).items() if isinstance(t, Tensor))
-        found |= {_joined(prefix, n): t for n, t in plain}
+def _modules(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    """Every module under every name that it has, as `named_modules` gives them, in one walk."""
+    found, todo = list[tuple[str, nn.Module]](), [("", model)]
+    while todo:
+        prefix, module = todo.pop()
+        found.append((prefix, module))
+        inner = [(_joined(prefix, name), m) for name, m in module._modules.items() if m is not None]
+        todo += reversed(inner)
     return found
 
 
-def _registered(model: nn.Module) -> dict[str, Tensor]:
-    tensors = (*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False))
-    return dict(tensors)
+def _registered(modules: Sequence[tuple[str, nn.Module]]) -> dict[str, Tensor]:
+    """Parameters, then buffers, by their dotted names, each under every name that it has."""
+    parameters = {_joined(p, n): t for p, m in modules for n, t in m._parameters.items() if t is not None}
+    buffers = {_joined(p, n): t for p, m in modules for n, t in m._buffers.items() if t is not None}
+    return {**parameters, **buffers}
 
 
-def layers_of(model: nn.Module) -> tuple[tuple[str, str, int], ...]:
-    """Name, class and a hash of the plain settings of each module: strides, pads, eps."""
-    return tuple((name, type(m).__qualname__, _settings(m)) for name, m in model.named_modules())
+def _tensors(modules: Sequence[tuple[str, nn.Module]]) -> dict[str, Tensor]:
+    """The registered ones, and those that are mere attributes."""
+    plain = {_joined(p, n): t for p, m in modules for n, t in vars(m).items() if isinstance(t, Tensor)}
+    return _registered(modules) | plain
+
+
+def _layers(modules: Sequence[tuple[str, nn.Module]]) -> tuple[tuple[str, str, int], ...]:
+    """Name, class and a hash of the plain settings of each module, told once: strides, pads, eps."""
+    first: dict[int, tuple[str, nn.Module]] = {}
+    for name, module in modules:
+        first.setdefault(id(module), (name, module))
+    return tuple((name, type(m).__qualname__, _settings(m)) for name, m in first.values())
 
 
 def _settings(module: nn.Module) -> int:
-    plain = ((k, v) for k, v in vars(module).items() if k != "training" and type(v) in (int, float, bool, str, tuple))
+    plain = ((k, v) for k, v in vars(module).items() if type(v) in _SETTINGS and k != "training")
     return hash(repr(tuple(plain)))
+
+
+_SETTINGS = frozenset((int, float, bool, str, tuple))
 
 
 def _named(kernel: Kernel) -> Iterable[Named]:
     return (leaf for leaf in K.leaves(kernel) if isinstance(leaf, Named))
 
 
-def _renamed(kernel: Kernel, names: Mapping[int, str]) -> Kernel:
-    """The kernel with names in the place of the model's tensors; constants that tracing made stay."""
+def _renaming(names: Mapping[int, str]) -> Callable[[Kernel], Kernel]:
+    """Gives kernels with names in the place of the model's tensors; constants that tracing made stay. What kernels have
+    in common is made once."""
 
     def named(leaf: K.Leaf) -> Kernel:
         name = names.get(id(leaf.tensor))
@@ -267,14 +287,14 @@ def _renamed(kernel: Kernel, names: Mapping[int, str]) -> Kernel:
             return K.Leaf.of(leaf.tensor.detach().clone(), leaf.axes)
         return Named(leaf.shape, torch.empty(leaf.tensor.shape, device="meta"), leaf.axes, name)
 
-    return _with_leaves(kernel, named)
+    return _Changed(named)
 
 
 def _bind(kernel: Kernel, tensors: Mapping[str, Tensor]) -> Kernel:
     def bound(leaf: K.Leaf) -> Kernel:
         return K.Leaf.of(tensors[leaf.name], leaf.axes) if isinstance(leaf, Named) else leaf
 
-    return _with_leaves(kernel, bound)
+    return _Changed(bound)(kernel)
 
 
 def _over(equal: Equal, change: Callable[[Kernel], Kernel]) -> Equal:
@@ -282,21 +302,27 @@ def _over(equal: Equal, change: Callable[[Kernel], Kernel]) -> Equal:
     return Equal(a, b, equal.length)
 
 
-def _with_leaves(kernel: Kernel, change: Any) -> Kernel:
-    """The same expression over other leaves."""
-    made: dict[int, Kernel] = {}
+class _Changed:
+    """The same expressions over other leaves."""
 
-    def swapped(value: Any) -> Any:
-        if isinstance(value, tuple):
-            return tuple(map(swapped, value))
-        return made[id(value)] if isinstance(value, Kernel) else value
+    def __init__(self, change: Callable[[Any], Kernel]) -> None:
+        self.change = change
+        self.made: dict[int, tuple[Kernel, Kernel]] = {}
 
-    for node in K.topological((kernel,)):
+    def __call__(self, kernel: Kernel) -> Kernel:
+        for node in () if id(kernel) in self.made else K.topological((kernel,)):
+            if id(node) not in self.made:
+                self.made[id(node)] = node, self._node(node)
+        return self.made[id(kernel)][1]
+
+    def _node(self, node: Kernel) -> Kernel:
         if isinstance(node, K.Leaf):
-            made[id(node)] = change(node)
-        elif not node.operands:
-            made[id(node)] = node
-        else:
-            changed = {f.name: swapped(getattr(node, f.name)) for f in fields(node) if f.init}
-            made[id(node)] = replace(node, **changed)
-    return made[id(kernel)]
+            return self.change(node)
+        if not node.operands:
+            return node
+        return type(node)(**{name: self._swapped(value) for name, value in node.arguments.items()})
+
+    def _swapped(self, value: Any) -> Any:
+        if isinstance(value, Kernel):
+            return self.made[id(value)][1]
+        return tuple(map(self._swapped, value)) if isinstance(value, tuple) else value

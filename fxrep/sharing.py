@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from functools import partial
 from math import prod
 from typing import Any
@@ -32,19 +32,21 @@ class Keys:
     def of_emit(self, emit: Emit) -> int:
         """Of a layer: its geometry and the expressions of its numbers."""
         op = emit.operator
-        geometry = () if op is None else tuple(self._plain(getattr(op, f.name)) for f in fields(op))
+        geometry = () if op is None else tuple(map(self._plain, vars(op).values()))
         kernels = tuple(None if k is None else self.of(k) for k in (emit.gain, emit.bias))
         return self._number((geometry, kernels, emit.anchor.rows))
 
     def of(self, kernel: Kernel) -> int:
-        for node in K.topological((kernel,)):
+        for node in () if id(kernel) in self.of_kernel else K.topological((kernel,)):
             if id(node) not in self.of_kernel:
                 self.held.append(node)
-                content = tuple(self._plain(getattr(node, f.name)) for f in fields(node) if f.init)
+                content = tuple(map(self._plain, node.arguments.values()))
                 self.of_kernel[id(node)] = self._number((type(node), content))
         return self.of_kernel[id(kernel)]
 
     def _plain(self, value: Any) -> Any:
+        if type(value) is int:
+            return value
         if isinstance(value, Kernel):
             return self.of(value)
         if isinstance(value, tuple):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import builtins
 import inspect
 import operator
+from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -31,6 +32,8 @@ from fxrep.readers.walk import writes
 RANDOM_FACTORIES = (
     "rand", "randn", "randint", "randperm", "normal", "rand_like", "randn_like", "randint_like", "bernoulli",
 )  # fmt: skip
+#: Arguments, and containers of arguments, that are what they are for every tracer.
+PLAIN = frozenset((type(None), bool, int, float, str, tuple, list, dict, slice))
 #: Builtins that give numbers of numbers: of traced sizes they are recorded, not asked.
 RECORDED_BUILTINS = (builtins.max, builtins.min)
 
@@ -94,6 +97,13 @@ def _recording(function: Callable[..., Any]) -> Callable[..., Any]:
     return recorded
 
 
+class Stack(OrderedDict[str, Any]):
+    """The modules that are being called. fx copies it for every node."""
+
+    def __copy__(self) -> OrderedDict[str, Any]:
+        return OrderedDict(self)
+
+
 class Recorder(fx.Tracer):
     """A tracer that sees writes; a pickled result is traced again by it when it is loaded."""
 
@@ -126,6 +136,7 @@ class Tracer(Recorder):
         self.remembered: dict[int, Remembered] = {}
         #: by identity: the nodes of parameters and remembered tensors
         self.recorded: dict[int, fx.Proxy] = {}
+        self.module_stack = Stack()
 
     def trace(self, root: Any, concrete_args: dict[str, Any] | None = None) -> fx.Graph:
         if isinstance(root, nn.Module):
@@ -181,6 +192,10 @@ class Tracer(Recorder):
         return super().create_proxy(kind, target, args, kwargs, *rest, **options)
 
     def create_arg(self, a: Any) -> Any:
+        if isinstance(a, fx.Proxy):
+            return a.node
+        if type(a) in PLAIN:  # which fx finds out last
+            return fx.proxy.TracerBase.create_arg(self, a)
         known = self.remembered.get(id(a)) if isinstance(a, Tensor) else None
         if id(a) in self.names or (known is not None and known.version == known.tensor._version):
             return self._recorded(a).node
