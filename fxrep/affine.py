@@ -110,6 +110,16 @@ class AffineConv:
         return isinstance(self.weight, K.Constant)
 
     @property
+    def is_average_pool(self) -> bool:
+        """Whether it is a plain average, each channel for itself, as a pool of torch is."""
+        if not isinstance(self.weight, K.Constant) or self.transposed or self.bias is not None:
+            return False
+        depthwise = self.groups == self.in_channels == self.out_channels
+        plain = all(d == 1 for d in self.dilation) and self.pad_lo == self.pad_hi and self.fill is None
+        within = self.mode == "zeros" and all(0 <= 2 * p <= k for p, k in zip(self.pad_lo, self.taps, strict=True))
+        return depthwise and plain and within and abs(self.weight.value * prod(self.taps) - 1) < 1e-12
+
+    @property
     def is_identity(self) -> bool:
         return self.copies and not self.moves and self.bias is None
 

@@ -26,6 +26,7 @@ CONV_LAYERS: dict[tuple[int, bool], type[nn.Module]] = {
     (1, True): nn.ConvTranspose1d, (2, True): nn.ConvTranspose2d, (3, True): nn.ConvTranspose3d,
 }  # fmt: skip
 CONVOLVE = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
+AVERAGE = {1: F.avg_pool1d, 2: F.avg_pool2d, 3: F.avg_pool3d}
 CONVOLVE_TRANSPOSED = {1: F.conv_transpose1d, 2: F.conv_transpose2d, 3: F.conv_transpose3d}
 
 
@@ -59,7 +60,7 @@ def fold(emit: Emit, doubles: Doubles, default: Like | None = None) -> Folded:
 
     Raises Illegal where the parameters live on several devices, or where there are none and no default.
     """
-    like = default if emit.is_pass else _like([leaf.tensor for leaf in K.leaves(*emit.kernels)], default)
+    like = _like([leaf.tensor for leaf in K.leaves(*emit.kernels)], default) if emit.stores or emit.is_pad else default
     if like is None:
         raise Illegal("dtype-unknown", "its weights would be constants, and no parameter says of which dtype")
     fill = emit.operator.fill.value if emit.operator and isinstance(emit.operator.fill, K.Constant) else 0.0

@@ -52,6 +52,16 @@ class Emit:
         return op is not None and op.copies and op.bias is None and all(s == 1 for s in op.stride)
 
     @property
+    def is_pool(self) -> bool:
+        """Whether an average pool computes it, without weights."""
+        return self.operator is not None and self.operator.dims > 0 and self.operator.is_average_pool
+
+    @property
+    def stores(self) -> bool:
+        """Whether it has numbers of its own, in a layer or a scale."""
+        return not (self.is_pass or self.is_pad or self.is_pool)
+
+    @property
     def pads_by_channel(self) -> bool:
         """Whether what is inserted differs from channel to channel, which no layer offers."""
         op = self.operator
@@ -112,7 +122,7 @@ class Recipe:
 
 def _describe(emit: Emit) -> str:
     if emit.operator is not None:
-        return "pad" if emit.is_pad else emit.operator.describe()
+        return "pad" if emit.is_pad else "average" if emit.is_pool else emit.operator.describe()
     if emit.is_pass and emit.anchor.rows is not None:
         return f"{len(emit.anchor.rows)} channels of a shared layer"
     return "identity" if emit.is_pass else "scale" if emit.gain is not None else "shift"
@@ -281,7 +291,7 @@ class Pricer:
         """`written` says that the recipe is to be written, in layers: what the model has as a pool is no layer."""
         dims = recipe.dims or 0
         result = self.sizes.numbers(out, dims + 1)
-        layers = [e for e in recipe.emits if e.operator and not e.is_pad and (written or not e.operator.averages)]
+        layers = [e for e in recipe.emits if e.operator and e.stores and (written or not e.operator.averages)]
         works = [w for e in layers for w in self._term(e, dims, result, of)]
         weights = sum(w.weights for w in works)
         return Effort(len(layers), recipe.additions + recipe.shifts, sum(w.macs for w in works), weights)

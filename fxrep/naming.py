@@ -24,14 +24,13 @@ def layer_names(plan: Plan, nodes: Mapping[str, Node], modules: Mapping[str, nn.
         scope = common_scope([nodes[r] for r in decision.replaced], leaves)
         stem = f"{scope}.reparam" if scope else "reparam"
         for emit in decision.recipe.emits:
-            stores = not (emit.is_pass or emit.is_pad)
-            key = keys.of_emit(emit) if stores else None
+            key = keys.of_emit(emit) if emit.stores else None
             if key in named:
                 names[id(emit)] = named[key]
                 continue
             numbered = chain((stem,), (f"{stem}_{i}" for i in count(1)))
             name = next(n for n in numbered if n not in taken and not hasattr(modules.get(scope), n.rpartition(".")[2]))
-            if stores or emit.anchor.rows is not None:
+            if emit.stores or emit.anchor.rows is not None:
                 taken.add(name)
             if key is not None:
                 named[key] = name

@@ -147,7 +147,7 @@ class Pipeline:
         plan = self.plan
         collapses = tuple(
             Collapse(
-                next((names[id(e)] for e in d.recipe.emits if not e.is_pass), self._label(d.at)),
+                next((names[id(e)] for e in d.recipe.emits if e.stores), self._label(d.at)),
                 tuple(self._label(i) for i in d.replaced),
                 d.recipe.describe(),
                 d.seconds_before - d.seconds_after,

@@ -14,7 +14,7 @@ from torch import nn
 from torch.fx import Graph, GraphModule, Node
 
 from fxrep import mutation
-from fxrep.fold import Folded, layer_of, pad_arguments, pad_mode, scale_of
+from fxrep.fold import AVERAGE, Folded, layer_of, pad_arguments, pad_mode, scale_of
 from fxrep.kernel import Kernel, Leaf
 from fxrep.lower import Emit, needs_explicit_pad
 from fxrep.naming import common_scope, label_of, layer_names
@@ -162,6 +162,8 @@ class Rewriter:
         if folded.emit.operator is None:
             return self._scale(folded, x, decision)
         operator_ = folded.emit.operator
+        if folded.emit.is_pool:
+            return self._call(AVERAGE[operator_.dims], (x, operator_.taps, operator_.stride, operator_.pad_lo))
         if folded.emit.is_pad or needs_explicit_pad(operator_):
             mode = pad_mode(operator_)
             value = folded.fill if mode == "constant" else None

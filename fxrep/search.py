@@ -17,7 +17,7 @@ from fxrep.errors import Illegal, Refusal
 from fxrep.evaluation import has_zeros
 from fxrep.form import AffineForm
 from fxrep.lower import Recipe, lower, total
-from fxrep.parts import Term, merge_where, merged_terms, weights_of
+from fxrep.parts import Anchor, Term, merge_where, merged_terms, weights_of
 from fxrep.plan import Legal, Plan, Problem
 from fxrep.siblings import merge_siblings
 from fxrep.state import Candidate, State
@@ -34,7 +34,8 @@ Substitution = tuple[AffineForm | Illegal, list[Equal]]
 
 def make_plan(problem: Problem, aim: Aim, strict: bool = False, legal: Legal = lambda _: None) -> Plan:
     """Greedy in graph order: for each affine value its cone of values that nobody else reads, the best prefix of it;
-    then for each scale all of its readers at once; and again, until nothing is found.
+    then for each scale all of its readers at once, or the layer before the average before it; and again, until nothing
+    is found.
 
     `strict` allows no kernel with zeros that the model does not multiply by: 0·∞ is not a number. `legal` raises
     Illegal for a recipe that may not be taken for some other reason.
@@ -46,7 +47,8 @@ def make_plan(problem: Problem, aim: Aim, strict: bool = False, legal: Legal = l
         while queue:
             node = queue.popleft()
             queue.extend(search.in_order(search.improve(node)))
-        found = (n for node in tuple(search.state.recipes) for n in search.in_order(search.spread(node)))
+        looks = (search.spread, search.sink)
+        found = (n for node in tuple(search.state.recipes) for look in looks for n in search.in_order(look(node)))
         todo = dict.fromkeys(found)
     merge_siblings(search.state)
     return search.state.plan(search.refusals.values())
@@ -121,6 +123,48 @@ class _Search:
         touched = {r for reader, candidate in chosen.items() for r in state.accept(reader, candidate)}
         return self._concerned(touched | set(chosen))
 
+    def sink(self, node: str) -> set[str]:
+        """Moves a scale before the average that it follows, into the layer there: γ·mean(x) + β = mean(γ·x + β)."""
+        state = self.state
+        pool = self._averaged(node)
+        if pool is None:
+            return set()
+        (layer,), own, inner = state.sources(pool), state.recipes[node].form, state.recipes[pool].form
+        (part,) = own.parts
+        moved = replace(own, parts=(replace(part, terms={Anchor(layer): t for t in part.terms.values()}),))
+        form, noted = self._substituted(moved, layer, state.recipes[layer].form)
+        if isinstance(form, Illegal) or own.dims not in (None, inner.dims):
+            return set()
+        recipe, cost, equal = self._priced(layer, form)
+        apart = total(state.efforts[n] for n in (node, pool, layer))
+        if isinstance(recipe, Illegal) or state.effort(layer, recipe).exceeds(apart):
+            return set()
+        if cost > state.costs[layer] + state.costs[node]:
+            return set()
+        candidate = Candidate(recipe, (layer,), frozenset((layer,)), cost, (*noted, *equal))
+        self._withdraw(node)
+        return self._concerned(state.sink(node, pool, candidate))
+
+    def _averaged(self, node: str) -> str | None:
+        """The average without a border that the value is a scale of, if a layer is before it and nobody else reads."""
+        state, recipe = self.state, self.state.recipes[node]
+        if node in state.removed or node in self.problem.fixed or recipe.convolutions or recipe.steps != 1:
+            return None
+        emit, *others = recipe.emits
+        if others:
+            return None
+        (pool,) = state.sources(node)
+        averages = state.recipes[pool].emits if pool in state.recipes and self._may_follow(pool, node) else ()
+        plain = [e.is_pool and e.operator and not e.operator.pads and e.anchor.rows is None for e in averages]
+        if emit.is_pad or emit.anchor.rows is not None or plain != [True]:
+            return None
+        (layer,) = state.sources(pool)
+        is_layer = layer in state.recipes and state.recipes[layer].convolutions
+        return pool if is_layer and self._may_follow(layer, pool) and not self._crosses_write(layer, node) else None
+
+    def _may_follow(self, anchor: str, node: str) -> bool:
+        return self._may_absorb(anchor, node, set()) and self.state.is_read_only_by(anchor, {node})
+
     def _readers_through_views(self, node: str) -> list[str]:
         """Who computes something of the value, if all who read it do."""
         found: dict[str, None] = {}
@@ -171,8 +215,7 @@ class _Search:
             elif saved < 0:
                 self._decline(node, candidate, -saved)
         if best is not None:
-            for code in ("costs-more", "layout", "non-finite"):
-                self.refusals.pop((node, code), None)
+            self._withdraw(node)
             self._note_apart(node, best.recipe.form)
         return best
 
@@ -321,6 +364,11 @@ class _Search:
 
     def _refuse(self, node: str, code: str, reason: str, hint: str = "") -> None:
         self.refusals.setdefault((node, code), Refusal(node, code, reason, hint))
+
+    def _withdraw(self, node: str) -> None:
+        """Forgets what was refused on the way to what is done after all."""
+        for code in ("costs-more", "layout", "non-finite"):
+            self.refusals.pop((node, code), None)
 
     def _lower(self, node: str, form: AffineForm, check: bool = False) -> Recipe:
         strict = check and self.strict

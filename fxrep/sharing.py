@@ -116,7 +116,7 @@ def _numbers(forms: Iterable[AffineForm]) -> dict[int, int]:
 
 def _stored(decision: Decision, keys: Keys) -> dict[Any, int]:
     """How many numbers each new layer of a decision holds, by its key."""
-    written = (e for e in decision.recipe.emits if not (e.is_pass or e.is_pad))
+    written = (e for e in decision.recipe.emits if e.stores)
     return {("layer", keys.of_emit(e)): sum(map(_size, e.kernels)) for e in written}
 
 

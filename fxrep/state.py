@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import count
 from math import fsum
 
 from fxrep import affine
@@ -160,6 +161,30 @@ class State:
             found |= read
             todo += read
         return found
+
+    def sink(self, node: str, pool: str, inner: Candidate) -> set[str]:
+        """The average of `pool` over a value of its own, which `inner` computes; gives both."""
+        (layer,), (emit,) = self.sources(pool), self.recipes[pool].emits
+        name, dims = self._new_name(node), self.recipes[pool].dims
+        self.hosts[name] = self.hosts.get(node, node)
+        self.order[name], self.shapes[name] = self.order[node] - 0.25, self.shapes[layer]
+        self._inline(name, inner.absorbed)
+        self.equal[name] = (*self.equal.get(layer, ()), *inner.equal)
+        self._stops_reading((node, pool, layer))
+        self.removed |= {pool, layer}
+        self._set(name, inner.recipe)
+        for source in self.sources(name):
+            self.readers.setdefault(source, set()).add(name)
+        anchor = Anchor(name)
+        channels = emit.operator.out_channels if emit.operator else None
+        form = AffineForm((Part({anchor: emit.operator or ONE}, None, channels),), dims)
+        self._set(node, Recipe(form, ((replace(emit, anchor=anchor),),)))
+        self._inline(node, (pool, *inner.absorbed))
+        self.readers[name] = {node}
+        return {name, node}
+
+    def _new_name(self, node: str) -> str:
+        return next(name for name in (f"{node}.{i}" for i in count()) if name not in self.recipes)
 
     def split(self, node: str) -> list[str]:
         """Makes every term of a decision a value of its own; gives their names."""

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fxrep.fold import empty_layer, pad_arguments, pad_mode
+from fxrep.fold import AVERAGE, empty_layer, pad_arguments, pad_mode
 from fxrep.lower import Emit, Job, needs_explicit_pad
 from fxrep.stopwatch import Call, take_turns
 
@@ -91,6 +91,9 @@ class Trials:
 
     def _layer(self, emit: Emit) -> Callable[[Tensor], Tensor]:
         assert emit.operator is not None
+        op = emit.operator
+        if emit.is_pool:
+            return lambda x: AVERAGE[op.dims](x, op.taps, op.stride, op.pad_lo)
         layer = empty_layer(emit.operator).to_empty(device=self.device).to(self.dtype).eval()
         for parameter in layer.parameters():
             parameter.copy_(self._drawn(tuple(parameter.shape)))

@@ -67,6 +67,7 @@ CASES = [
     ), "c1 a0 p0", bare=False),
     Case("ceil mode", sequence(conv(1), nn.AvgPool2d(2, ceil_mode=True), bn()), "c1", refused="pool-border"),
     Case("ceil mode, stride 1", branches(conv(), nn.AvgPool2d(3, 1, 1, ceil_mode=True)), "c1"),
+    Case("conv, pool, bn", sequence(conv(), nn.AvgPool2d(2), bn()), "c1 p1 b0", bare=False),
     Case("max pool between", sequence(conv(), nn.MaxPool2d(3, 2, 1), bn(), conv(1)), "c2 b0"),
     Case("global pool between", sequence(conv(), bn(), nn.AdaptiveAvgPool2d(3), conv(3, padding=0), bn()), "c2 b0"),
 ]  # fmt: skip
@@ -86,3 +87,38 @@ def test_a_pool_is_the_depthwise_box(dims: int) -> None:
     box = torch.eye(4, dtype=torch.float64).view(4, 4, *(1,) * dims) / 3**dims
     (layer,) = (m for m in collapsed.modules() if isinstance(m, type(network.layers[1])))
     assert relative_error(layer.weight, network.layers[1].weight + box) <= TOLERANCE
+
+
+def test_a_scale_after_a_pool_goes_into_the_layer_before_it() -> None:
+    """γ·mean(Wx + b) + β is the mean of (γW)x + γb + β: the pool stays a pool."""
+    case = Case("sunk", sequence(conv(), nn.AvgPool2d(2), bn()))
+    network = case.network()
+    collapsed = fxrep.reparameterize(network, case.inputs()[0])
+    (layer,) = (m for m in collapsed.modules() if isinstance(m, nn.Conv2d))
+    norm = network[2]
+    gain = norm.weight / (norm.running_var + norm.eps).sqrt()
+    shift = norm.bias - norm.running_mean * gain
+    assert relative_error(layer.weight, network[0].weight * gain.view(-1, 1, 1, 1)) <= TOLERANCE
+    assert relative_error(layer.bias, network[0].bias * gain + shift) <= TOLERANCE
+    assert [(c.name, c.replaced) for c in collapsed.report.collapses] == [
+        ("reparam", ("0", "2")),
+        ("2", ("0", "1", "2")),
+    ]
+
+
+STAY: dict[str, Any] = {
+    "padded": sequence(conv(), nn.AvgPool2d(3, 2, 1), bn()),
+    "read by another": lambda: Net(
+        lambda m, x: m.bn(y := m.pool(m.conv(x))) * y.sigmoid(), conv=conv(), pool=nn.AvgPool2d(2), bn=bn()
+    ),
+    "the layer is read by another": lambda: Net(
+        lambda m, x: m.bn(m.pool(y := m.conv(x))).mean() * y.sigmoid(), conv=conv(), pool=nn.AvgPool2d(2), bn=bn()
+    ),
+    "another divisor": sequence(conv(), nn.AvgPool2d(2, divisor_override=3), bn()),
+}
+
+
+@pytest.mark.parametrize("name", STAY)
+def test_a_scale_after_a_pool_stays_where_that_would_not_be_the_same_or_more(name: str) -> None:
+    check(case := Case(name, STAY[name], "c1 p1", bare=False))
+    assert fxrep.reparameterize(case.network()).report.after["bn"] == 1

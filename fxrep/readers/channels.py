@@ -27,9 +27,25 @@ SPLITS = (
 
 @shape_rule(operator.getitem)
 def shape_of_slice(at: Call) -> Shape | None:
-    """The axes of the operand, where how many channels are cut from is not known: a later op may tell."""
-    x, index = at.node.args
-    axis = only_slice(index)[0]
+    """The axes of the operand, where of how many channels it takes some is not known: a later op may tell."""
+    x, index = at.bind("input index")
+    if isinstance(x, Node) and canonical(x.target) in SPLITS:
+        x, _, axis = _split(Call(x, at.facts))
+    else:
+        axis = only_slice(index)[0]
+    return _with_own_size(at, x, axis)
+
+
+@shape_rule(torch.cat, torch.concat, torch.concatenate)
+def shape_of_cat(at: Call) -> Shape | None:
+    """The axes of a part of which it is not known how many channels it has."""
+    values, axis = at.bind("tensors dim", dim=0)
+    shapes = (_with_own_size(at, v, axis) for v in values) if isinstance(values, (tuple, list)) else ()
+    return next((shape for shape in shapes if shape is not None), None)
+
+
+def _with_own_size(at: Call, x: Node, axis: int) -> Shape | None:
+    """The axes of x, with a size along one of them that is known to nobody; None where that one is known after all."""
     rank = at.shapes.rank(at.shape(x))
     if rank is None or isinstance(at.dim(x, at.from_end(x, axis)), int):
         return None
@@ -125,14 +141,7 @@ def read_view(at: Call, module: Any = None) -> AffineForm:
 
 def _piece_of_split(at: Call, split: Node, index: Any) -> AffineForm:
     inner = Call(split, at.facts)
-    names = "input sizes dim"
-    if inner.target in (torch.chunk, "chunk"):
-        names = "input chunks dim"
-    elif inner.target in (torch.split, "split", torch.ops.aten.split_with_sizes.default):
-        names = (
-            "input split_size_or_sections dim" if "split_size_or_sections" in split.kwargs else "input split_size dim"
-        )
-    x, sizes, axis = inner.bind(names, dim=0)
+    x, sizes, axis = _split(inner)
     dims = -1 - at.from_end(x, axis)
     if isinstance(sizes, (tuple, list)) and all(isinstance(s, int) for s in sizes):
         at.require_channels(x, dims, sum(sizes))  # torch accepts no other
@@ -140,6 +149,17 @@ def _piece_of_split(at: Call, split: Node, index: Any) -> AffineForm:
     if not isinstance(index, int) or not -len(bounds) <= index < len(bounds):
         raise Illegal("shape-unknown", "the piece is chosen at run time")
     return _rows(at, x, dims, range(*bounds[index]))
+
+
+def _split(split: Call) -> list[Any]:
+    """What is split, into which sizes or how many, along which axis."""
+    names = "input sizes dim"
+    if split.target in (torch.chunk, "chunk"):
+        names = "input chunks dim"
+    elif split.target in (torch.split, "split", torch.ops.aten.split_with_sizes.default):
+        sections = "split_size_or_sections"
+        names = f"input {sections} dim" if sections in split.node.kwargs else "input split_size dim"
+    return split.bind(names, dim=0)
 
 
 def _bounds(split: Call, channels: int, sizes: Any) -> list[tuple[int, int]]:

@@ -177,7 +177,7 @@ def _rules(pipeline: Pipeline, collapsed: GraphModule) -> Iterator[Rule]:
     paths = layer_names(pipeline.plan, pipeline.nodes, pipeline.traced.modules)
     made = dict(collapsed.named_parameters())
     for decision in pipeline.plan.decisions.values():
-        emits = [e for e in decision.recipe.emits if not (e.is_pass or e.is_pad)]
+        emits = [e for e in decision.recipe.emits if e.stores]
         names = [
             f"{paths[id(e)]}.{kind}"
             for e in emits for kind, kernel in zip(("weight", "bias"), e.kernels, strict=True) if kernel is not None
