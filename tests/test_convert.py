@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import signal
@@ -19,7 +20,7 @@ from torch import Tensor, nn
 
 import fxrep
 from fxrep.cli import FAILED, OK, UNUSABLE, main
-from fxrep.conversion import formats
+from fxrep.conversion import formats, placing
 from fxrep.errors import FxrepError, Unusable
 
 pytestmark = [
@@ -90,6 +91,75 @@ def test_open_axes_take_other_sizes_and_closed_ones_do_not(tmp_path: Path):
     fxrep.convert(model.float(), tmp_path / "closed.pt2", image(1, 3, 16, 16, dtype=torch.float32))
     with pytest.raises(Exception, match="size"):
         run_pt2(tmp_path / "closed.pt2", other)
+
+
+class NeedsMultiples(nn.Module):
+    """Halves its input twice, and wants the same sizes back."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.down, self.bn = nn.Conv2d(3, 4, 3, 4, 1, bias=False), nn.BatchNorm2d(4)
+        self.up = nn.ConvTranspose2d(4, 3, 4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.up(self.bn(self.down(x)).relu())
+
+
+def test_open_axes_are_tried_where_only_some_sizes_are_taken(tmp_path: Path):
+    x = image(2, 3, 16, 16, dtype=torch.float32)
+    done = fxrep.convert(NeedsMultiples(), tmp_path / "net.pt2", x, dynamic=(2, 3))
+    assert {t.inputs for t in done.trials} == {"2x3x16x16", "2x3x16x8", "2x3x8x16"}
+
+
+class Remembers(nn.Module):
+    """A forward that cannot be traced as it is, and reaches into what it calls: capturing it goes through."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.parts = nn.ModuleList([nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)])
+        self.size: int | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.size != x.shape[-1]:
+            self.size = int(x.shape[-1])
+        parts = list(self.parts.children())
+        return parts[1](parts[0](x))
+
+
+def test_what_a_forward_hides_is_collapsed_in_the_program_that_is_captured(tmp_path: Path):
+    model, x = Remembers(), image(2, 3, 9, 9, dtype=torch.float32)
+    nn.init.uniform_(model.parts[1].weight, 0.5, 2)
+    assert fxrep.reparameterize(model, x).report.after["bn"] == 1
+    done = fxrep.convert(model, tmp_path / "net.pt2", x)
+    assert (done.report.before["bn"], done.report.after["bn"]) == (1, 0)
+    targets = [str(n.target) for n in torch.export.load(tmp_path / "net.pt2").graph.nodes]
+    assert not [t for t in targets if "batch_norm" in t]
+    expected = model.double().eval()(x.double())
+    assert relative_error(run_pt2(tmp_path / "net.pt2", x).double(), expected) < FLOAT32
+
+
+@pytest.mark.parametrize("name", ["net.pt2", "net.pth"])
+def test_a_finer_dtype_is_folded_in_it(tmp_path: Path, name: str):
+    x = image()
+    fxrep.convert(net(torch.float32), tmp_path / name, x.float(), dtype="fp64")
+    assert relative_error(RUN[name](tmp_path / name, x), net(torch.float32).double().eval()(x)) < 1e-13
+
+
+def test_outputs_that_rounding_turns_over_are_told(tmp_path: Path):
+    class Chaos(nn.Conv2d):
+        def forward(self, x: Tensor) -> Tensor:
+            return (super().forward(x) * 1e12).sin()
+
+    x = image(dtype=torch.float32)
+    assert "tells little" in fxrep.convert(Chaos(3, 4, 3), tmp_path / "net.pth", x).notes[0]
+    assert not fxrep.convert(net(torch.float32), tmp_path / "net.pt", x).notes
+
+
+def test_a_file_is_for_whoever_new_files_are_for(tmp_path: Path):
+    pytest.importorskip("safetensors")
+    (tmp_path / "usual").touch()
+    fxrep.convert(net(torch.float32), tmp_path / "net.safetensors")
+    assert (tmp_path / "net.safetensors").stat().st_mode == (tmp_path / "usual").stat().st_mode
 
 
 def test_a_file_in_another_dtype_is_held_against_the_original_in_that_dtype(tmp_path: Path):
@@ -165,12 +235,13 @@ def test_what_cannot_be_exported_is_told(tmp_path: Path):
     ("name", "options", "fact"),
     [
         ("net.onnx", {"to": "tensorrt"}, "there is no format 'tensorrt'; there are pt2, onnx, openvino, state_dict"),
-        ("net.onnx", {"to": "pt2"}, "a pt2 file ends in .pt2"),
+        ("net.onnx", {"to": "pt2"}, "files of pt2 end in .pt2"),
         ("net.bin", {}, "does not say what to write"),
         ("absent/net.pt2", {}, "there is no folder"),
         ("net.pt2", {"dtype": "int8"}, "'int8' is no floating-point dtype"),
         ("net.pt2", {"dtype": "float31"}, "'float31' is no floating-point dtype"),
         ("net.pt2", {"example_inputs": None}, "give example_inputs"),
+        ("net.pt2", {"dynamic": (0, 4)}, "no input has an axis 4 to leave open: they are counted from 0 to 3"),
         ("there.pt2", {}, "is there already; give another name, or force=True"),
         ("net.pt2", {"weights": "absent.pth"}, "there is no file absent.pth"),
     ],
@@ -193,6 +264,22 @@ def test_a_missing_runtime_is_named_before_anything_is_done(tmp_path: Path, monk
         fxrep.convert(net(), tmp_path / name, image())
 
 
+def test_weights_that_are_no_numbers_are_told(tmp_path: Path):
+    model = net()
+    nn.init.constant_(next(model.parameters()), torch.nan)
+    with pytest.raises(Unusable, match=r"the weights \S+ hold nan"):
+        fxrep.convert(model, tmp_path / "net.pt2", image())
+
+
+def test_a_folder_that_cannot_be_written_to_is_told_before_anything_is_done(tmp_path: Path, monkeypatch):
+    def readonly(*_args: object, **_options: object) -> None:
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    monkeypatch.setattr(placing, "TemporaryDirectory", readonly)
+    with pytest.raises(Unusable, match=f"cannot be written to: {os.strerror(errno.EROFS)}"):
+        fxrep.convert(net(), tmp_path / "net.pt2", image())
+
+
 # The command line
 
 NET = """
@@ -206,6 +293,10 @@ def two():
         def forward(self, a, b):
             return a + b.mean()
     return Two()
+def words():
+    return nn.Sequential(nn.Embedding(4, 3), nn.Linear(3, 2))
+def half():
+    return net().half()
 """
 
 
@@ -230,6 +321,36 @@ def test_the_command_writes_and_says_so(here: Path, capsys: pytest.CaptureFixtur
 def test_several_inputs_have_a_shape_each(here: Path, capsys: pytest.CaptureFixture[str]):
     assert main(["convert", "nets.py:two", "two.pt2", "--input", "2,3", "--input", "5"]) == OK
     assert "run on 2x3, 5" in capsys.readouterr().out
+
+
+def test_the_dtype_of_an_input_is_told_or_that_of_the_model(here: Path, capsys: pytest.CaptureFixture[str]):
+    assert main(["convert", "nets.py:words", "w.pt2", "--input", "2,5:int64"]) == OK
+    assert main(["convert", "nets.py:half", "h.pt2", "--input", "1,3,8,8"]) == OK
+    assert "pt2 in float16" in capsys.readouterr().out
+    assert main(["convert", "nets.py:words", "v.pt2", "--input", "2,5"]) == UNUSABLE
+    assert "1,128:int64" in capsys.readouterr().err
+    with pytest.raises(SystemExit, match="2"):
+        main(["convert", "nets.py:words", "v.pt2", "--input", "2,5:int7"])
+
+
+FULL = """
+import resource, sys
+resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000))  # no file may become larger than this
+from fxrep.cli import main
+sys.exit(main(["convert", "nets.py:net", sys.argv[1], "--input", "1,3,8,8", "--dtype", "fp64"]))
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="limits of another system")
+@pytest.mark.parametrize("name", ["net.pt2", "net.pth"])
+def test_a_full_disk_is_told_and_nothing_is_left(here: Path, name: str):
+    before = sorted(here.iterdir())
+    environment = {**os.environ, "PYTHONDONTWRITEBYTECODE": "1"}
+    done = subprocess.run([sys.executable, "-c", FULL, name], capture_output=True, text=True, env=environment)
+    assert (done.returncode, done.stderr) == (
+        UNUSABLE, f"fxrep: {name} cannot be written: {os.strerror(errno.EFBIG)}; nothing was left\n"
+    )  # fmt: skip
+    assert sorted(here.iterdir()) == before
 
 
 def test_what_fails_is_exit_code_one(here: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):

@@ -172,10 +172,48 @@ def test_a_pickled_model_gives_its_weights_on_trust(tmp_path: Path):
     assert equal(model, {n: t.half().to(t.dtype) for n, t in STATE.items()})
 
 
-@pytest.mark.parametrize(("name", "fact"), [("absent.pth", "there is no file"), ("text.pth", "cannot be read as a"),
-                                            ("text.safetensors", "is no safetensors file")])  # fmt: skip
-def test_what_is_no_checkpoint(tmp_path: Path, name: str, fact: str):
-    (tmp_path / "text.pth").write_text("hello")
-    (tmp_path / "text.safetensors").write_text("hello")
-    with pytest.raises(Unusable, match=fact):
+NO_CHECKPOINTS = {
+    "text.pth": (b"hello", "is no checkpoint, or not all of it is there|cannot be read as a checkpoint"),
+    "text.safetensors": (b"hello", "is no safetensors file"),
+    "empty.pth": (b"", "is empty"),
+    "page.pth": (b"\n<!DOCTYPE html><title>404</title>", "is a web page"),
+    "pointer.safetensors": (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "git lfs pull"),
+}
+
+
+@pytest.mark.parametrize("name", NO_CHECKPOINTS)
+def test_what_is_no_checkpoint_is_not_to_be_trusted(tmp_path: Path, name: str):
+    content, fact = NO_CHECKPOINTS[name]
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(Unusable, match=fact) as told:
         fxrep.load_weights(Net(), tmp_path / name)
+    assert "trust" not in str(told.value)
+
+
+def test_a_file_that_is_not_there(tmp_path: Path):
+    with pytest.raises(Unusable, match="there is no file"):
+        fxrep.load_weights(Net(), tmp_path / "absent.pth")
+
+
+def test_half_a_file(tmp_path: Path):
+    path = saved(tmp_path, STATE)
+    path.write_bytes(path.read_bytes()[:2000])
+    with pytest.raises(Unusable, match="is all of it there"):
+        fxrep.load_weights(Net(), path)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_torchscript_program_is_no_checkpoint(tmp_path: Path):
+    torch.jit.trace(nn.Linear(2, 2), torch.ones(1, 2)).save(tmp_path / "net.pt")
+    with pytest.raises(Unusable, match="is a TorchScript program"):
+        fxrep.load_weights(nn.Linear(2, 2), tmp_path / "net.pt")
+
+
+def test_of_two_prefixes_in_one_entry_the_one_that_is_not_ignored_is_taken(tmp_path: Path):
+    path = saved(tmp_path, {**prefixed("model.", STATE), **prefixed("model_ema.", AVERAGE)})
+    model = net()
+    notes = fxrep.load_weights(model, path)
+    assert equal(model, AVERAGE)
+    assert any("--ignore 'model_ema.*' takes that" in note for note in notes)
+    fxrep.load_weights(model, path, ignore=["model_ema.*"])
+    assert equal(model, STATE)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import fxrep
-from fxrep.cli.common import FAILED, OK, add_autotune, add_profile, aims, complain, shape
+from fxrep.cli.common import FAILED, INPUT_HELP, OK, add_autotune, add_profile, aims, an_input, complain
 from fxrep.cli.models import MODEL_HELP, example_inputs, load
 from fxrep.errors import FxrepError, Unusable
 
@@ -36,9 +36,9 @@ def add(commands: Any) -> None:
         parser.add_argument(
             "--input",
             metavar="SHAPE",
-            type=shape,
+            type=an_input,
             action="append",
-            help="an input's shape, such as 1,3,224,224; one each",
+            help=INPUT_HELP,
         )
         parser.add_argument(
             "--strict", action="store_true", help="merge nothing that spreads an inf of the input further"

@@ -6,11 +6,13 @@ import argparse
 import difflib
 import sys
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, NamedTuple
 
 import fxrep
 from fxrep.cost import OBJECTIVES
 
+INPUT_HELP = "an input's shape, such as 1,3,224,224, or 1,128:int64 for zeros and ones; one for each"
+DTYPES = ("int64", "int32", "bool", "float16", "bfloat16", "float32", "float64")
 PROFILES = ("shipped", "measured")
 
 OK, FAILED, UNUSABLE, INTERRUPTED = 0, 1, 2, 130
@@ -27,6 +29,24 @@ def shape(text: str) -> tuple[int, ...]:
     if not all(size.isdecimal() and int(size) > 0 for size in sizes):
         raise argparse.ArgumentTypeError(f"{text!r} is no shape: give positive sizes with commas, such as 1,3,224,224")
     return tuple(map(int, sizes))
+
+
+class Input(NamedTuple):
+    """An input as the command line has it; no dtype is that of the model's parameters."""
+
+    sizes: tuple[int, ...]
+    dtype: str = ""
+
+    def __str__(self) -> str:
+        return ",".join(map(str, self.sizes)) + (f":{self.dtype}" if self.dtype else "")
+
+
+def an_input(text: str) -> Input:
+    """`1,3,224,224`, or `1,128:int64`."""
+    sizes, _, dtype = text.partition(":")
+    if dtype and dtype not in DTYPES:
+        raise argparse.ArgumentTypeError(f"{dtype!r} is no dtype of an input: there are {', '.join(DTYPES)}")
+    return Input(shape(sizes), dtype)
 
 
 def summary(error: BaseException) -> str:

@@ -10,7 +10,7 @@ from contextlib import redirect_stdout
 from typing import Any
 
 import fxrep
-from fxrep.cli.common import OK, shape
+from fxrep.cli.common import INPUT_HELP, OK, an_input
 from fxrep.cli.models import MODEL_HELP, example_inputs, load
 
 EPILOG = f"""\
@@ -36,14 +36,16 @@ def add(commands: Any) -> None:
     parser.add_argument("--weights", metavar="FILE", help="a checkpoint to load: .pth, .pt or .safetensors")
     parser.add_argument("--entry", metavar="NAME", help="which mapping of the checkpoint to take (default: what fits)")
     parser.add_argument(
-        "--ignore", metavar="PATTERN", action="append", default=[], help="names of the checkpoint to leave out"
+        "--ignore",
+        metavar="PATTERN",
+        action="append",
+        default=[],
+        help="names in the checkpoint to leave out, such as 'model_ema.*'",
     )
     parser.add_argument("--trust", action="store_true", help="unpickle the checkpoint even if it holds code")
-    parser.add_argument(
-        "--input", metavar="SHAPE", type=shape, action="append", help="an input's shape, such as 1,3,224,224; one each"
-    )
+    parser.add_argument("--input", metavar="SHAPE", type=an_input, action="append", help=INPUT_HELP)
     parser.add_argument("--dynamic", metavar="AXES", type=axes, default=(), help="axes left open, such as 0,2,3")
-    parser.add_argument("--dtype", metavar="DTYPE", help="of the file: float32, float16, bfloat16 or float64")
+    parser.add_argument("--dtype", metavar="DTYPE", help="of the file: fp16, bf16, fp32 or fp64 (default: the model's)")
     parser.add_argument("--strict", action="store_true", help="merge nothing that spreads an inf of the input further")
     parser.add_argument("--force", action="store_true", help="overwrite OUT")
     parser.add_argument("--json", action="store_true", help="print JSON instead of text")

@@ -14,11 +14,11 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-from fxrep.cli.common import did_you_mean, summary
+from fxrep.cli.common import Input, did_you_mean, summary
 from fxrep.errors import Unusable
 
 if TYPE_CHECKING:
-    from torch import Tensor, nn
+    from torch import Generator, Tensor, nn
 
 MODEL_HELP = """\
 MODEL is one of
@@ -162,18 +162,34 @@ def build(function: Callable[..., Any], model: str) -> Any:
         raise Unusable(f"building {model} failed: {summary(error)}; mend what it calls, or name another") from error
 
 
-def example_inputs(model: nn.Module, shapes: Sequence[tuple[int, ...]] | None) -> tuple[Tensor, ...] | None:
+def example_inputs(model: nn.Module, inputs: Sequence[Input] | None) -> tuple[Tensor, ...] | None:
     """Random tensors that the model is seen to accept."""
     import torch
 
-    if not shapes:
+    if not inputs:
         return None
+    floats = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
     generator = torch.Generator().manual_seed(0)
-    examples = tuple(torch.randn(sizes, generator=generator) for sizes in shapes)
+    examples = tuple(_drawn(given, floats, generator) for given in inputs)
     try:
         with torch.no_grad():
             model.eval()(*examples)
     except Exception as error:
-        text = " --input ".join(",".join(map(str, sizes)) for sizes in shapes)
-        raise Unusable(f"the model does not run on --input {text}: {summary(error)}; give a shape that fits") from error
+        text = " --input ".join(map(str, inputs))
+        raise Unusable(
+            f"the model does not run on --input {text}: {summary(error)}; give a shape that fits, and of integers the "
+            "dtype too, such as 1,128:int64"
+        ) from error
     return examples
+
+
+def _drawn(given: Input, like: Tensor, generator: Generator) -> Tensor:
+    """Normal numbers in the parameters' dtype, or zeros and ones, which are indices, masks and kinds of any network."""
+    import torch
+
+    dtype = getattr(torch, given.dtype) if given.dtype else like.dtype
+    if dtype.is_floating_point:
+        drawn = torch.randn(given.sizes, generator=generator)
+    else:
+        drawn = torch.randint(2, given.sizes, generator=generator)
+    return drawn.to(like.device, dtype)

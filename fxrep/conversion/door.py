@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from tempfile import TemporaryDirectory
+from types import MappingProxyType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.export import ExportedProgram
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from fxrep.api import reparameterize
 from fxrep.conversion.formats import Format, Payload, Runner, format_for, program_of
+from fxrep.conversion.placing import cannot_be_stored, check_target, moved_when_done
 from fxrep.conversion.weights import load_weights
 from fxrep.errors import FxrepError, Unusable
 from fxrep.report import Report
@@ -25,6 +26,11 @@ from fxrep.verification.inputs import Case, Examples, Known, own_size, sampler
 from fxrep.verification.models import copied, like, run, wide, widened
 
 TRIALS = 3
+APART = ("not-traceable", "reached-into")
+"""Refusals of what a module's own forward hides, and its exported program shows."""
+CHAOTIC = 0.25
+"""Relative error of the original in the file's dtype beyond which nothing is told by the file's own."""
+SHORT = MappingProxyType({"fp16": "float16", "bf16": "bfloat16", "fp32": "float32", "fp64": "float64"})
 
 
 @dataclass(frozen=True)
@@ -37,7 +43,7 @@ class Conversion:
     format: str
     dtype: str
     notes: tuple[str, ...]
-    """What was done to the checkpoint's names on the way."""
+    """What was done to the checkpoint's names on the way, and what of the outputs could not be told."""
     report: Report
     verdict: Verdict
     """The collapsed network against the original, in the original's dtype."""
@@ -60,7 +66,7 @@ class Conversion:
     def __str__(self) -> str:
         before, after, worst = self.report.before, self.report.after, self.worst
         counts = ", ".join(f"{k} {before[k]} → {after[k]}" for k in before if before[k] or after[k])
-        runs = ", ".join(dict.fromkeys(t.inputs for t in self.trials))
+        runs = "; ".join(dict.fromkeys(t.inputs for t in self.trials))
         lines = [
             *self.notes,
             f"{self.report.model}: {counts}",
@@ -90,8 +96,9 @@ def convert(
         entry: see there.
         ignore: see there.
         trust: see there.
-        dtype: of the file, such as `float16`; by default the model's own.
-        dynamic: the axes of the inputs whose size stays open, such as (0, 2, 3); 0 is the batch.
+        dtype: of the file, such as `float16` (or `fp16`); by default the model's own.
+        dynamic: the axes of the inputs whose size stays open, such as (0, 2, 3); 0 is the batch. The file is run
+            at other sizes of them too, where the original takes any.
         strict: as for `reparameterize`.
         force: overwrite.
 
@@ -103,13 +110,18 @@ def convert(
         raise Unusable(f"the first argument is a {type(model).__name__}, not a torch.nn.Module; convert(model, path)")
     target = Path(path)
     form = format_for(target, to)
-    _check_target(target, force)
+    check_target(target, force)
     form.check_installed()
     if form.has_program and example_inputs is None:
         raise Unusable(f"a {form.name} file is made for an input: give example_inputs, or --input on the command line")
     kind = _dtype(dtype, model)
+    _check_axes(dynamic, example_inputs)
     original = copied(model)
     notes = () if weights is None else load_weights(original, weights, entry=entry, ignore=ignore, trust=trust)
+    _check_numbers(original)
+    # What a finer dtype is asked for is folded in it; what a coarser one is, is rounded at the end.
+    finer = torch.promote_types(kind, like(original)[0])
+    original, example_inputs = original.to(finer), tree_map_only(Tensor, partial(_cast, finer), example_inputs)
     collapsed = reparameterize(original, example_inputs, strict=strict)
     report: Report = collapsed.report  # type: ignore[assignment]
     verdict = verify(original, collapsed, example_inputs)
@@ -117,31 +129,44 @@ def convert(
         raise FxrepError(f"the collapsed network is not equal to the original; nothing was written\n{verdict}")
     cases = _cases(original, example_inputs, tuple(dynamic))
     payload = _payload(collapsed, form, cases, kind, tuple(dynamic))
-    with _moved_when_done(target, force) as scratch:
+    if payload.program is not None and any(r.code in APART for r in report.refusals):
+        payload, report = _collapsed_again(payload, payload.program, report, strict)
+    with moved_when_done(target, force) as scratch:
         trials = _run(_written(form, payload, scratch, kind), original, cases, kind)
         files = tuple(sorted(str(target.parent / f.name) for f in scratch.parent.iterdir()))
     name = str(kind).removeprefix("torch.")
+    notes = (*notes, *_undecided(trials, name))
     return Conversion(str(target), files, form.name, name, notes, report, verdict, trials)
 
 
-def _check_target(path: Path, force: bool) -> None:
-    if not path.parent.is_dir():
-        raise Unusable(f"there is no folder {path.parent} (looked from {Path.cwd()}); make it first")
-    if path.is_dir():
-        raise Unusable(f"{path} is a folder; name the file in it")
-    if not os.access(path.parent, os.W_OK):
-        raise Unusable(f"the folder {path.parent} cannot be written to")
-    _check_free([path], force)
+def _undecided(trials: Sequence[Trial], dtype: str) -> Iterator[str]:
+    """Of outputs that rounding alone turns over, such as the places of equal scores, a comparison tells nothing."""
+    worst = max((c for t in trials for c in t.comparisons), key=lambda c: c.own_error)
+    if worst.own_error > CHAOTIC:
+        yield (
+            f"the original's own {worst.output} in {dtype} is off by {worst.own_error:.2g} from the one in float64, so "
+            "that running the file tells little of it; --dtype fp64 would"
+        )
 
 
-def _check_free(paths: Sequence[Path], force: bool) -> None:
-    taken = [str(p) for p in paths if p.exists()]
-    if taken and not force:
-        raise Unusable(f"{', '.join(taken)} is there already; give another name, or force=True (--force)")
+def _check_axes(dynamic: Sequence[int], examples: Examples) -> None:
+    ranks = [t.ndim for t in tree_leaves(examples) if isinstance(t, Tensor)]
+    strange = [axis for axis in dynamic if ranks and not 0 <= axis < max(ranks)]
+    if strange:
+        raise Unusable(f"no input has an axis {strange[0]} to leave open: they are counted from 0 to {max(ranks) - 1}")
+
+
+def _check_numbers(model: nn.Module) -> None:
+    """Nothing can be compared where weights are no numbers, as after a training that diverged."""
+    strange = [name for name, p in model.named_parameters() if p.is_floating_point() and bool(p.isnan().any())]
+    if strange:
+        more = f" and {len(strange) - 1} more" if len(strange) > 1 else ""
+        raise Unusable(f"the weights {strange[0]}{more} hold nan, so nothing can be compared; take an older checkpoint")
 
 
 def _dtype(dtype: str | torch.dtype | None, model: nn.Module) -> torch.dtype:
-    found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype or like(model)[0]
+    name = SHORT.get(dtype, dtype) if isinstance(dtype, str) else ""
+    found = getattr(torch, name, None) if name else dtype or like(model)[0]
     if not isinstance(found, torch.dtype) or not found.is_floating_point:
         raise Unusable(f"{dtype!r} is no floating-point dtype: float32, float16, bfloat16 or float64")
     return found
@@ -175,31 +200,28 @@ def _payload(
     if not form.has_program:
         return Payload(module, None)
     with torch.no_grad():
-        return Payload(module, program_of(module, cases[0].mapped(partial(_cast, kind)), dynamic))
+        return Payload(module, program_of(module, cases[0].mapped(partial(_on_cpu, kind)), dynamic))
+
+
+def _collapsed_again(
+    payload: Payload, program: ExportedProgram, report: Report, strict: bool
+) -> tuple[Payload, Report]:
+    """The program collapsed in its turn: capturing it went through the forwards that could not be traced."""
+    again = reparameterize(program, strict=strict)
+    found: Report = again.report  # type: ignore[attr-defined]
+    whole = replace(
+        report, collapses=(*report.collapses, *found.collapses), refusals=found.refusals, after=found.after,
+        cost_after=found.cost_after,
+    )  # fmt: skip
+    return replace(payload, program=again), whole
+
+
+def _on_cpu(kind: torch.dtype, tensor: Tensor) -> Tensor:
+    return _cast(kind, tensor.cpu())
 
 
 def _cast(kind: torch.dtype, tensor: Tensor) -> Tensor:
-    tensor = tensor.cpu()
     return tensor.to(kind) if tensor.is_floating_point() else tensor
-
-
-@contextmanager
-def _moved_when_done(path: Path, force: bool) -> Iterator[Path]:
-    """A path of the same name in a folder beside it; what is there at the end is moved, the file itself last."""
-    with TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as folder:
-        scratch = Path(folder) / path.name
-        yield scratch
-        others = [path.parent / f.name for f in Path(folder).iterdir() if f.name != path.name]
-        _check_free([path, *others], force)
-        try:
-            if others:
-                path.unlink(missing_ok=True)  # an old file beside new weights would be no network at all
-            for each in (*others, path):
-                os.replace(Path(folder) / each.name, each)
-        except BaseException:
-            for each in others:
-                each.unlink(missing_ok=True)
-            raise
 
 
 def _written(form: Format, payload: Payload, path: Path, kind: torch.dtype) -> Runner:
@@ -207,6 +229,9 @@ def _written(form: Format, payload: Payload, path: Path, kind: torch.dtype) -> R
         form.write(payload, path)
         return form.open(path, payload.module)
     except Exception as error:  # exporters and runtimes may raise anything
+        no_space = cannot_be_stored(error, path)
+        if no_space:
+            raise Unusable(f"{path.name} cannot be written: {no_space}; nothing was left") from error
         fact = f"{type(error).__name__}: {' '.join(str(error).split())[:240]}"
         raise FxrepError(
             f"{form.name} cannot hold or run this network in {str(kind).removeprefix('torch.')} ({fact}); nothing was "
@@ -221,7 +246,7 @@ def _run(runner: Runner, original: nn.Module, cases: list[Case], kind: torch.dty
     """
     truth, own = widened(original).cpu(), copied(original).to("cpu", kind)
     with torch.no_grad():
-        found = [_compared(runner, truth, own, case.mapped(partial(_cast, kind))) for case in cases]
+        found = [_compared(runner, truth, own, case.mapped(partial(_on_cpu, kind))) for case in cases]
     trials = tuple(Trial(str(c), c.memory_format, tuple(done)) for c, done in zip(cases, judged(found), strict=True))
     for trial in trials:
         worst = trial.worst
@@ -251,5 +276,6 @@ def _outputs(runner: Runner, case: Case, rounded: list[Leaf]) -> list[Leaf]:
     except Exception as error:  # a runtime may raise anything
         fact = " ".join(str(error).split())[:240]
         raise FxrepError(
-            f"the written file does not run on {case} ({type(error).__name__}: {fact}); it was removed"
+            f"the written file does not run on {case} ({type(error).__name__}: {fact}); it was removed; another format "
+            "or dtype may do"
         ) from error

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import importlib
+import io
 from collections.abc import Callable, Mapping
+from contextlib import redirect_stderr
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -69,12 +71,14 @@ def format_for(path: Path, to: str | None) -> Format:
         found = [f for f in FORMATS.values() if path.suffix in f.suffixes]
         if not found:
             known = ", ".join(f"{s} ({f.name})" for f in FORMATS.values() for s in f.suffixes)
-            raise Unusable(f"{path.name} does not say what to write: name to= (--to), or end it in one of {known}")
+            raise Unusable(f"{path} does not say what to write: name to= (--to), or end it in one of {known}")
         return found[0]
     if to not in FORMATS:
         raise Unusable(f"there is no format {to!r}; there are {', '.join(FORMATS)}")
     if path.suffix not in FORMATS[to].suffixes:
-        raise Unusable(f"{path.name} would not be found again: a {to} file ends in {' or '.join(FORMATS[to].suffixes)}")
+        raise Unusable(
+            f"{path.name} would not be found again: files of {to} end in {' or '.join(FORMATS[to].suffixes)}"
+        )
     return FORMATS[to]
 
 
@@ -86,10 +90,11 @@ def program_of(module: nn.Module, case: Case, dynamic: tuple[int, ...]) -> Expor
     bound = case.bound()
     shapes = {name: _open_axes(value, dynamic) for name, value in case.arguments.items()} if dynamic else None
     try:
-        return torch.export.export(module, bound.args, bound.kwargs, dynamic_shapes=shapes)
+        with redirect_stderr(io.StringIO()):  # of what fails, it prints the whole graph there
+            return torch.export.export(module, bound.args, bound.kwargs, dynamic_shapes=shapes)
     except Exception as error:  # capturing runs the forward, which may raise anything
         fact = " ".join(str(error).split())[:240]
-        hint = "; with fewer --dynamic axes it may be" if dynamic else ""
+        hint = "; with fewer --dynamic axes it may be" if dynamic else "; a state dict needs no capture"
         raise FxrepError(f"torch.export cannot capture the network ({type(error).__name__}: {fact}){hint}") from error
 
 
@@ -102,7 +107,9 @@ def _open_axes(value: Any, dynamic: tuple[int, ...]) -> Any:
 
 
 def _write_pt2(payload: Payload, path: Path) -> None:
-    torch.export.save(payload.exported, path)
+    buffer = io.BytesIO()  # its own writer ends the process where the disk is full
+    torch.export.save(payload.exported, buffer)
+    path.write_bytes(buffer.getbuffer())
 
 
 def _open_pt2(path: Path, _: nn.Module) -> Runner:
@@ -164,7 +171,9 @@ def _named(values: list[Any], outputs: list[Leaf]) -> list[Leaf]:
 def _write_state_dict(payload: Payload, path: Path) -> None:
     state = payload.module.state_dict()
     if path.suffix != ".safetensors":
-        torch.save(state, path)
+        buffer = io.BytesIO()
+        torch.save(state, buffer)
+        path.write_bytes(buffer.getbuffer())
         return
     from safetensors.torch import save_file
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import warnings
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -59,14 +60,16 @@ def load_weights(
         model: the module that is changed.
         file: `.safetensors`, or what `torch.save` wrote.
         entry: take this mapping of the file and no other, such as `model` or `state.ema`.
-        ignore: patterns of names in the file that the model need not have, such as `total_*`.
+        ignore: patterns of names in the file to leave out, with their prefix or without it, such as `total_*` that
+            the model does not have, or `model_ema.*` where the average is not what is wanted.
         trust: unpickle the file even if it holds code, which may do anything.
 
     Raises:
         Unusable: the file cannot be read as it is, or a name or shape does not fit.
     """
     path = Path(file)
-    fits = [fit for name, tensors in _entries(_read(path, trust)) for fit in _fits(model, name, tensors)]
+    entries = [(name, _without(tensors, ignore)) for name, tensors in _entries(_read(path, trust))]
+    fits = [fit for name, tensors in entries for fit in _fits(model, name, tensors)]
     if entry is not None:
         known = sorted({fit.entry for fit in fits})
         fits = [fit for fit in fits if fit.entry == entry]
@@ -84,24 +87,55 @@ def load_weights(
 def _read(path: Path, trust: bool) -> Any:
     if not path.is_file():
         raise Unusable(f"there is no file {path} (looked from {Path.cwd()})")
+    _check_start(path)
     if path.suffix == ".safetensors":
         return _read_safetensors(path)
     try:
-        return torch.load(path, map_location="cpu", weights_only=not trust)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of TorchScript, which is told below
+            return torch.load(path, map_location="cpu", weights_only=not trust)
     except UnpicklingError as error:
+        if "nsupported" not in str(error) and "allowed" not in str(error):  # nothing that trust would mend
+            raise Unusable(f"{path} is no checkpoint, or not all of it is there: {_reason(error)}") from None
         raise Unusable(
             f"{path} holds more than weights ({_reason(error)}), and reading that runs code of the file; if you trust "
             "whoever made it, say so: trust=True, or --trust on the command line"
         ) from None
     except Exception as error:  # a broken archive may raise anything, and so does a trusted class that is not there
-        raise Unusable(f"{path} cannot be read as a checkpoint: {type(error).__name__}: {_reason(error)}") from error
+        if "TorchScript" in str(error):
+            raise Unusable(f"{path} is a TorchScript program; save the state_dict() of what it was made from") from None
+        fact = f"{type(error).__name__}: {_reason(error)}"
+        raise Unusable(f"{path} cannot be read as a checkpoint ({fact}); is all of it there?") from error
 
 
 def _reason(error: Exception) -> str:
     """The one line of torch's message that tells the fact."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     fact = next((line for line in lines if "Unsupported" in line or "not an allowed global" in line), "")
-    return fact.partition("WeightsUnpickler error:")[2].strip() or (lines[0][:160] if lines else type(error).__name__)
+    fact = fact.partition("WeightsUnpickler error:")[2].partition(". Please")[0].strip()
+    return fact or (lines[-1][:160] if lines else "it ends too soon")
+
+
+STARTS = {
+    b"version https://git-lfs": "is a pointer of Git LFS: `git lfs pull` gets the file itself",
+    b"<!doct": "is a web page: what was downloaded is not the file",
+    b"<html": "is a web page: what was downloaded is not the file",
+}
+
+
+def _check_start(path: Path) -> None:
+    """Tells what often lies where a checkpoint should. Raises Unusable."""
+    with path.open("rb") as file:
+        start = file.read(64)
+    if not start:
+        raise Unusable(f"{path} is empty")
+    for begin, fact in STARTS.items():
+        if start.lstrip().lower().startswith(begin):
+            raise Unusable(f"{path} {fact}")
+
+
+def _without(tensors: Mapping[str, Tensor], ignore: Sequence[str]) -> dict[str, Tensor]:
+    return {name: t for name, t in tensors.items() if not _matches(name, ignore)}
 
 
 def _read_safetensors(path: Path) -> Any:
@@ -203,7 +237,9 @@ def _notes(path: Path, best: Fit, fits: Sequence[Fit]) -> Iterator[str]:
         yield f"{path}: names {change} are the model's"
     equal = [f for f in fits if f.matched == best.matched and f is not best]
     if equal and best.is_average:
-        yield f"{path}: took the moving average, {best}, and not {equal[0]}, which fits as well (--entry chooses)"
+        one_entry = best.entry == equal[0].entry and best.strip
+        way = f"--ignore '{best.strip}*'" if one_entry else f"--entry {equal[0].entry}" if equal[0].entry else "--entry"
+        yield f"{path}: took the moving average, {best}, and not {equal[0]}, which fits as well ({way} takes that)"
     outside = [name for name in best.tensors if not name.startswith(best.strip)]
     if outside:
         yield f"{path}: {_told('left out', outside)}"

@@ -84,7 +84,10 @@ class Sampler:
         sides = (own_size, _odd, _even, self._smallest(attempt) if count > 3 else own_size)
         for i in range(count):
             batch, last = BATCHES[i % len(BATCHES)], (i + i // len(sides)) % 2 == 1
-            tries = [(sides[i % 4], batch), (own_size, batch), (sides[i % 4], None), (own_size, None)]
+            side = sides[i % 4]
+            # Halves, because some networks take nothing but multiples of a power of two.
+            others: list[Resize] = [] if side is own_size else [side, partial(_halved, i % 2)]
+            tries = [*((s, batch) for s in (*others, own_size)), (side, None), (own_size, None)]
             yield _first_that_runs([self.draw(side, b, last, i) for side, b in tries], attempt)
 
     def _smallest(self, attempt: Attempt) -> Resize:
@@ -118,6 +121,10 @@ def own_size(size: int, _position: int) -> int:
 
 def _fixed(side: int, _size: int, _position: int) -> int:
     return side
+
+
+def _halved(which: int, size: int, position: int) -> int:
+    return size if position % 2 != which or size < 2 else size // 2
 
 
 def _odd(size: int, position: int) -> int:
