@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from math import prod
 
@@ -24,16 +24,26 @@ class Anchor:
     source: str
     rows: Ints | None = None
     slot: int = 0
+    #: how many channels the value has, where some of them are told and that is known
+    width: int | None = field(default=None, compare=False)
 
     @property
     def is_slice(self) -> bool:
         """Whether its channels lie side by side, in order."""
         return self.rows is None or self.rows == tuple(range(self.rows[0], self.rows[0] + len(self.rows)))
 
-    def narrowed(self, columns: Ints | None) -> Anchor:
+    def narrowed(self, columns: Ints | None, channels: int | None) -> Anchor:
+        """The channels `columns` of the `channels` that it reads."""
         if columns is None:
             return self
-        return replace(self, rows=columns if self.rows is None else tuple(self.rows[c] for c in columns))
+        if self.rows is None:
+            return replace(self, rows=columns, width=channels)
+        return replace(self, rows=tuple(self.rows[c] for c in columns))
+
+    def on(self, rows: Ints) -> Anchor:
+        """The channels `rows` of the same value, or all of it."""
+        whole = self.width is not None and rows == tuple(range(self.width))
+        return Anchor(self.source, None if whole else rows, width=None if whole else self.width)
 
 
 @dataclass(frozen=True, eq=False)
@@ -131,7 +141,7 @@ def merged_terms(a: Bound, b: Bound) -> Bound:
     whole = next((x.in_channels for rows, x in pair if rows is None), None)
     rows = tuple(sorted({c for r, _ in pair if r is not None for c in r})) if whole is None else tuple(range(whole))
     wide = [x if r is None else x.widened(tuple(rows.index(c) for c in r), len(rows)) for r, x in pair]
-    return Anchor(p.source, None if whole is not None else rows), affine.add(*wide)
+    return Anchor(p.source) if whole is not None else p.on(rows), affine.add(*wide)
 
 
 def weights_of(term: Term) -> int:
@@ -200,10 +210,10 @@ def take_rows(part: Part, rows: Ints) -> Part:
     terms: dict[Anchor, Term] = {}
     for anchor, term in part.terms.items():
         if isinstance(term, Gain):
-            merge(terms, anchor.narrowed(rows), term)
+            merge(terms, anchor.narrowed(rows, part.channels), term)
         else:
             taken, columns = term.take(rows)
-            merge(terms, anchor.narrowed(columns), taken)
+            merge(terms, anchor.narrowed(columns, term.in_channels), taken)
     bias = part.bias if part.bias is None or not part.bias.shape else K.take(part.bias, rows)
     return Part(terms, bias, len(rows))
 
@@ -236,7 +246,7 @@ def stack_two(p: Part, q: Part, dims: int) -> Part:
     if a != b:
         if a.source != b.source or a.rows is None or b.rows is None:
             raise Illegal("broadcast", "several anchors cannot be stacked into one operator")
-        anchor = Anchor(a.source, a.rows + b.rows)
+        anchor = a.on(a.rows + b.rows)
     width = p.channels + q.channels
     bias = None
     if p.bias is not None or q.bias is not None:

@@ -400,8 +400,15 @@ def test_every_code_that_forms_raise_has_its_witness():
 
 
 def test_narrowed_anchors_compose():
-    assert Anchor("x").narrowed(None) == Anchor("x")
-    assert Anchor("x").narrowed((3, 1)).narrowed((1, 0)) == Anchor("x", (1, 3))
+    assert Anchor("x").narrowed(None, 4) == Anchor("x")
+    assert Anchor("x").narrowed((3, 1), 4).narrowed((1, 0), 2) == Anchor("x", (1, 3))
+
+
+def test_all_channels_of_a_value_are_the_value():
+    part = Anchor("x").narrowed((1, 2), 3)
+    assert part.on((0, 1, 2)) == Anchor("x")
+    assert part.on((0, 2)) == Anchor("x", (0, 2))
+    assert Anchor("x").narrowed((1, 2), None).on((0, 1, 2)) == Anchor("x", (0, 1, 2))
 
 
 def test_what_a_part_knows_of_its_channels():

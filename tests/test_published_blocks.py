@@ -56,16 +56,10 @@ def executed(model: nn.Module, x: Tensor) -> tuple[Tensor, Executed]:
     return out, calls
 
 
-def published(**not_yet: str) -> pytest.MarkDecorator:
-    """Over all blocks; for those named here, why they do not collapse as they should."""
-    marks = {name: [pytest.mark.xfail(reason=why)] for name, why in not_yet.items()}
-    return pytest.mark.parametrize("name", [pytest.param(n, marks=marks.get(n, [])) for n in PUBLISHED])
+BLOCKS = pytest.mark.parametrize("name", PUBLISHED)
 
 
-TWO_STREAMS = "convolutions of different channels of one value are not stacked into one of all of it"
-
-
-@published(ETDS=TWO_STREAMS)
+@BLOCKS
 def test_collapses_to_the_deploy_form(name: str):
     block = PUBLISHED[name]
     training_form = build(block)
@@ -81,7 +75,7 @@ def test_collapses_to_the_deploy_form(name: str):
         assert after.others["add"] == block.additions
 
 
-@published(ETDS=TWO_STREAMS)
+@BLOCKS
 def test_collapses_in_float32_as_in_float64(name: str):
     """What is compared to prove a merge legal, such as DBB's border, is known only to float32's accuracy."""
     block = PUBLISHED[name]

@@ -46,7 +46,10 @@ def shape_of_cat(at: Call) -> Shape | None:
 
 def _with_own_size(at: Call, x: Node, axis: int) -> Shape | None:
     """The axes of x, with a size along one of them that is known to nobody; None where that one is known after all."""
-    rank = at.shapes.rank(at.shape(x))
+    shape = at.shape(x)
+    rank = at.shapes.rank(shape)
+    if rank is None and shape.root is not None:
+        at.facts.parts[at.node.name] = shape.root
     if rank is None or isinstance(at.dim(x, at.from_end(x, axis)), int):
         return None
     tail = [at.dim(x, i) for i in range(-rank, 0)]

@@ -109,6 +109,8 @@ class Facts:
     layouts: dict[str, Layout] = field(default_factory=dict)
     #: values taken to have so many axes, since a convolution was made of them and nothing says otherwise
     assumed: dict[str, int] = field(default_factory=dict)
+    #: by value that is a part of another: that other, which has as many axes
+    parts: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -71,6 +71,7 @@ def read_graph(
     """
     first = _read_once(graph, modules, Shapes(ranks=dict(ranks or {})), told)
     known = first.facts.shapes
+    _learn_from_parts(first.facts)
     taken = {root: rank for root, rank in first.facts.assumed.items() if root not in known.ranks}
     first.facts.assumed = taken
     sizes_read = any(isinstance(value, (Size, SizesOf, tuple)) for value in first.facts.scalars.values())
@@ -79,6 +80,17 @@ def read_graph(
     second = _read_once(graph, modules, Shapes(ranks=known.ranks | taken, sizes=known.sizes), told)
     second.facts.assumed = taken
     return second
+
+
+def _learn_from_parts(facts: Facts) -> None:
+    """A value has as many axes as its parts have: the layer that reads one tells."""
+    shapes = facts.shapes
+    for part, whole in reversed(facts.parts.items()):
+        rank, least = shapes.ranks.get(part), shapes.least_rank(Shape(part))
+        if rank is not None:
+            shapes.ranks.setdefault(whole, rank)
+        elif least > 1 and whole not in shapes.ranks:  # a layer has told its channels: there is a batch before them
+            facts.assumed.setdefault(whole, facts.assumed.get(part, least + 1))
 
 
 def _read_once(graph: Graph, modules: dict[str, nn.Module], known: Shapes, told: Told) -> Readings:
