@@ -5,7 +5,6 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Collection, Iterable
-from dataclasses import replace
 from itertools import combinations
 from math import fsum, inf
 
@@ -43,10 +42,13 @@ def make_plan(problem: Problem, aim: Aim, strict: bool = False, legal: Legal = l
     search = _Search(problem, aim, strict, legal)
     todo = dict.fromkeys(name for name in problem.forms if problem.readers[name])
     while todo:
-        queue = deque(todo)
+        queue, waiting = deque(todo), set(todo)
         while queue:
             node = queue.popleft()
-            queue.extend(search.in_order(search.improve(node)))
+            waiting.discard(node)
+            again = [n for n in search.in_order(search.improve(node)) if n not in waiting]
+            queue.extend(again)
+            waiting.update(again)
         looks = (search.spread, search.sink)
         found = (n for node in tuple(search.state.recipes) for look in looks for n in search.in_order(look(node)))
         todo = dict.fromkeys(found)
@@ -317,7 +319,7 @@ class _Search:
         """A refusal for each pair of terms on one value that are not one operator."""
         for part in form.parts:
             for (a, s), (b, t) in combinations(part.terms.items(), 2):
-                if a != replace(b, slot=a.slot):
+                if (a.source, a.rows) != (b.source, b.rows):
                     continue
                 try:
                     one = merged_terms((a, s), (b, t))[1]
