@@ -42,7 +42,7 @@ class InDouble(TorchFunctionMode):
         self._contracted: dict[tuple[int, int], tuple[Tensor, Tensor, Tensor]] = {}
 
     def product(self, channels: Tensor, one: Tensor, axis: int) -> Tensor:
-        """x = a·s for a (C,) on `axis` (negative) and s with one entry there. It must not be written."""
+        """x = a·s for a (C,) on `axis` (negative) and s with one entry there."""
         whole = channels.reshape(-1, *(1,) * (-axis - 1)) * one
         self._products[id(whole)] = _Product(whole, channels, one)
         return whole
@@ -87,8 +87,8 @@ class InDouble(TorchFunctionMode):
         return out if bias is None else out + bias
 
     def _product(self, x: Tensor, axis: int) -> _Product | None:
-        """What x was made of, if its channels are on that axis."""
-        known = self._products.get(id(x))
+        """What x was made of, if its channels are on that axis and it was not written since."""
+        known = self._products.get(id(x)) if x.is_inference() or not x._version else None
         return known if known and known.one.shape[axis] == 1 and len(known.channels) == x.shape[axis] else None
 
     def _times_channels(self, weight: Tensor, channels: Tensor, groups: int) -> Tensor:

@@ -136,6 +136,15 @@ def test_a_product_along_another_axis_is_any_map(axis):
     assert all(torch.allclose(g, e, rtol=0, atol=1e-13) for g, e in zip(got, expected, strict=True))
 
 
+def test_a_product_that_was_written_since_is_any_map():
+    mode, weight = InDouble(), torch.randn(4, 5, 3, 3).double()
+    x = mode.product(torch.randn(5).double(), torch.randn(1, 1, 6, 6).double(), -3)
+    x[0, 0, 2, 2] += 1.0
+    expected = F.conv2d(x, weight)
+    with mode:
+        assert torch.allclose(F.conv2d(x, weight), expected, rtol=0, atol=1e-13)
+
+
 def test_values_of_another_type_are_left_to_torch():
     x, weight = torch.randn(1, 64, 5, 5), torch.randn(64, 64, 3, 3)
     with InDouble():

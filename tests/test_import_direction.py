@@ -43,6 +43,7 @@ ORDER = (
     "fold",
     "trials",
     "double",
+    "maps",
     "certify",
     "ownership",
     "sharing",
