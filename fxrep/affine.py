@@ -6,7 +6,7 @@ Padding and output sizes are kept per side and may be negative (a crop).
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from math import gcd, prod
 
 import torch
@@ -14,6 +14,7 @@ import torch
 from fxrep import kernel as K
 from fxrep.equal import same_vector
 from fxrep.errors import Illegal
+from fxrep.frozen import replace
 from fxrep.kernel import Kernel
 
 Ints = tuple[int, ...]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from math import gcd
 
 from fxrep import kernel as K
@@ -10,6 +9,7 @@ from fxrep.affine import AffineConv, diagonal_of
 from fxrep.equal import same_vector
 from fxrep.errors import Illegal
 from fxrep.evaluation import evaluate
+from fxrep.frozen import replace
 from fxrep.kernel import Kernel
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from fxrep import kernel as K
 from fxrep.affine import AffineConv
@@ -133,10 +134,23 @@ def layer_of(folded: Folded) -> nn.Module:
     """The plain torch layer of a convolution or linear emit, in the dtype and on the device of what it replaces."""
     operator = folded.emit.operator
     assert operator is not None and folded.weight is not None
-    layer = empty_layer(operator)
+    with _Uninitialised():
+        layer = empty_layer(operator)
     layer.weight = _parameter(folded.weight, folded)
     layer.register_parameter("bias", None if folded.bias is None else _parameter(folded.bias, folded))
     return layer.eval()
+
+
+class _Uninitialised(TorchFunctionMode):
+    """While it is entered, new layers are not filled with random numbers: that takes long even where none are made."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        given = kwargs or {}
+        if getattr(func, "__module__", "") == nn.init.__name__:
+            return given["tensor"] if "tensor" in given else args[0]
+        return func(*args, **given)
 
 
 def _parameter(value: Tensor, folded: Folded) -> nn.Parameter:

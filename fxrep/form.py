@@ -7,7 +7,7 @@ with its own sum; a term is an `AffineConv`, or a `Gain`, the scalar multiple of
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
 
@@ -15,6 +15,7 @@ from fxrep import affine
 from fxrep import kernel as K
 from fxrep.affine import AffineConv, Ints
 from fxrep.errors import Illegal
+from fxrep.frozen import replace
 from fxrep.kernel import Kernel
 from fxrep.parts import (
     ONE,

@@ -4,7 +4,7 @@ but one thing: whether parts on one anchor are stacked into one operator or stay
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cached_property
 from math import prod
 from typing import NamedTuple
@@ -16,6 +16,7 @@ from fxrep.cost import Aim, Work, kind_of
 from fxrep.errors import Illegal
 from fxrep.evaluation import has_zeros
 from fxrep.form import AffineForm
+from fxrep.frozen import replace
 from fxrep.kernel import Kernel
 from fxrep.parts import Anchor, Gain, Part, Term
 from fxrep.shapes import Axis, Dim, Shape, Shapes

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from itertools import pairwise
 from math import prod
 
@@ -11,6 +11,7 @@ from fxrep import affine, composition
 from fxrep import kernel as K
 from fxrep.affine import AffineConv, Ints
 from fxrep.errors import Illegal
+from fxrep.frozen import replace
 from fxrep.kernel import Kernel
 
 

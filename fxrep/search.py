@@ -15,6 +15,7 @@ from fxrep.equal import Equal, noting
 from fxrep.errors import Illegal, Refusal
 from fxrep.evaluation import has_zeros
 from fxrep.form import AffineForm
+from fxrep.frozen import replace
 from fxrep.lower import Recipe, lower, total
 from fxrep.parts import Anchor, Term, merge_where, merged_terms, weights_of
 from fxrep.plan import Legal, Plan, Problem

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import count
 from math import fsum
 
@@ -12,6 +12,7 @@ from fxrep.cost import Aim
 from fxrep.equal import Equal
 from fxrep.errors import Refusal
 from fxrep.form import AffineForm
+from fxrep.frozen import replace
 from fxrep.lower import Effort, Emit, Job, Pricer, Recipe, Sizes
 from fxrep.parts import ONE, Anchor, Gain, Part, Term, keep_apart
 from fxrep.plan import Decision, Plan, Problem

@@ -12,6 +12,7 @@ PACKAGE = Path(__file__).parents[1] / "fxrep"
 
 ORDER = (
     "errors",
+    "frozen",
     "kernel",
     "evaluation",
     "equal",
