@@ -139,7 +139,7 @@ def _copied(tensor: Tensor, memo: dict[int, Any]) -> Tensor:
     return copy.deepcopy(tensor, memo)
 
 
-def carry_attributes(root: nn.Module, result: GraphModule) -> None:
+def carry_attributes(root: nn.Module, result: nn.Module) -> None:
     """Gives the result the model's plain attributes (`default_cfg`, `names`, `stride`, …) and the root's own hooks."""
     plain = vars(nn.Module())
     carried = {

@@ -178,9 +178,41 @@ class SharedActivation(Branching):
         return self.act(-y) if self.grows(x) else y
 
 
+def padded_for(x: Tensor, layer: nn.Conv2d) -> Tensor:
+    """Padded as TensorFlow does it, by the stride and taps of the layer that follows."""
+    stride, taps = layer.stride[0], layer.kernel_size[0]
+    more = max(taps - (stride if x.shape[-1] % stride == 0 else x.shape[-1] % stride), 0)
+    return nn.functional.pad(x, (more // 2, more - more // 2, 1, 1))
+
+
+class PaddedByHand(Branching):
+    """As in MobileNetV2 of transformers: a function reads the geometry of a layer, and norms are optional."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.none = conv(padding=0, stride=2), None
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = padded_for(x, self.conv)
+        x = self.conv(x)
+        if self.none is not None:
+            x = self.none(x)
+        if self.bn is not None:
+            x = self.bn(x)
+        return self.act(x)
+
+
+class ReadsStride(Branching):
+    """The geometry of a layer in a chain is read by the forward itself."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.bn(self.conv(x)) * self.conv.stride[0] + self.bn.eps
+        return y if self.grows(x) else -y
+
+
 COLLAPSED: tuple[type[nn.Module], ...] = (
     Called, Outspoken, Looped, Zipped, Indexed, Nested, Aliased, Through, Inheriting, SequenceBoth, Optional, Chained,
-    Stepwise, Renamed, SharedActivation,
+    Stepwise, Renamed, SharedActivation, PaddedByHand, ReadsStride,
 )  # fmt: skip
 
 
@@ -325,9 +357,56 @@ class CalledTwice(Branching):
         return self.conv(y) if self.grows(x) else y
 
 
+def weighed(x: Tensor, layer: Any) -> Tensor:
+    return x * layer.weight.sum() + layer.stride[0]
+
+
+class HandedForItsWeight(Branching):
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.bn(self.conv(weighed(x, self.conv)))
+        return y if self.grows(x) else -y
+
+
+def remembered(x: Tensor, layer: Any) -> Tensor:
+    """The layer goes on under another name."""
+    same = layer
+    return x * same.weight.sum() + layer.stride[0]
+
+
+class HandedOn(Branching):
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.bn(self.conv(remembered(x, self.conv)))
+        return y if self.grows(x) else -y
+
+
+class Restored(Branching):
+    """A norm that is not there at first."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.late = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.late = self.late if self.grows(x) else torch.neg
+        y = self.conv(x)
+        if self.late is not None:
+            y = self.late(y)
+        return self.bn(y)
+
+
+class ElseWhere(Branching):
+    """What happens where there is no norm is not what happens."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.conv(x)
+        if self.bn is None:
+            y = self.bn(y)
+        return y if self.grows(x) else -y
+
+
 APART: tuple[type[nn.Module], ...] = (
     ReadsWeights, LooksInside, HandsOn, CallsAMethod, Unpacked, ByName, Internals, SeenBetween,
-    KeptBetween, Conditionally, CalledTwice,
+    KeptBetween, Conditionally, CalledTwice, HandedForItsWeight, HandedOn, ElseWhere, Restored,
 )  # fmt: skip
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import ast
 import inspect
-import textwrap
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
@@ -17,7 +16,7 @@ from typing import Any
 
 from torch import nn
 
-from fxrep.islands.function import INTERNALS, Arguments, Function, Slot
+from fxrep.islands.function import INTERNALS, Arguments, Function, Slot, parsed
 from fxrep.readers import is_hooked
 
 #: What a forward may read of any module without learning what is in it.
@@ -97,12 +96,12 @@ class _Reader:
 
     def _read_function(self, owner: type, name: str, function: Callable[..., Any]) -> None:
         plain = inspect.unwrap(function)
-        tree = _parsed(plain)
+        tree = parsed(plain)
         if tree is None or not isinstance(plain, FunctionType) or not tree.args.args:
             return self._give_up(f"the source of its {name} cannot be read")
         if not all(_is_torchs(d, plain) for d in tree.decorator_list):
             return self._give_up(f"a decorator of its {name} may do anything with it")
-        read = Function(tree, self.module)
+        read = Function(tree, self.module, plain.__globals__)
         for slot, calls in read.calls.items():
             self.found.of.setdefault(slot, []).extend(calls)
         for slot in read.opened:
@@ -153,14 +152,6 @@ def _bound_to(function: Any) -> list[Any]:
     if isinstance(function, partial):
         return [function.func, function.args, function.keywords]
     return [] if isinstance(function.__self__, ModuleType) else [function.__self__]
-
-
-def _parsed(function: Callable[..., Any]) -> ast.FunctionDef | None:
-    try:
-        tree = ast.parse(textwrap.dedent(inspect.getsource(function))).body[0]
-    except (OSError, TypeError, SyntaxError):
-        return None
-    return tree if isinstance(tree, ast.FunctionDef) else None
 
 
 def _is_torchs(decorator: ast.expr, function: FunctionType) -> bool:

@@ -101,9 +101,11 @@ class Islands:
         if not report.collapses:
             return
         if self.writes and isinstance(result, GraphModule):
+            made = dict.fromkeys(chain, nn.Identity) | {chain[0]: lambda: result}
             for name in chain:
-                module._modules[name] = nn.Identity().eval()
-            module._modules[chain[0]] = result
+                replacement = made[name]().eval()
+                carry_attributes(getattr(whole, name), replacement)
+                module._modules[name] = replacement
         yield _under(path, report, counted)
 
     def _place(self, place: Place, used: frozenset[str]) -> Iterator[Report]:

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import ast
-from collections.abc import Iterator
+import dis
+import inspect
+import textwrap
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from types import FunctionType
 from typing import Any
 
 from torch import nn
@@ -47,8 +51,8 @@ ONE = Arguments(1, frozenset())
 class Function:
     """What one method does. Everything that it may do with a sub-module and that is not understood is in `touched`."""
 
-    def __init__(self, tree: ast.FunctionDef, module: nn.Module) -> None:
-        self.tree, self.module = tree, module
+    def __init__(self, tree: ast.FunctionDef, module: nn.Module, scope: Mapping[str, Any]) -> None:
+        self.tree, self.module, self.scope = tree, module, scope
         self.children = {name for name, child in module._modules.items() if child is not None}
         self.self_name = tree.args.args[0].arg
         self.nodes = list(ast.walk(tree))
@@ -144,6 +148,8 @@ class Function:
             return isinstance(node, ast.Name)
         if isinstance(parent, ast.Attribute):
             return self._is_plain_attribute(parent, slot)
+        if isinstance(parent, ast.Call):
+            return self._is_handed_for_plain_attributes(node, parent, slot)
         if isinstance(parent, ast.Compare):  # `self.conv is not None`
             return all(isinstance(op, (ast.Is, ast.IsNot)) for op in parent.ops)
         if isinstance(parent, ast.Assign):
@@ -154,6 +160,21 @@ class Function:
         """Whether a number or name is read that a replacement has as well."""
         child = self.module._modules[slot.name]
         return not slot.depth and isinstance(node.ctx, ast.Load) and _is_plain(vars(child).get(node.attr, node))
+
+    def _is_handed_for_plain_attributes(self, node: ast.AST, call: ast.Call, slot: Slot) -> bool:
+        """Whether a function that it is given to only reads its stride and the like, as a padding by hand does."""
+        function = self.scope.get(call.func.id) if isinstance(call.func, ast.Name) else None
+        tree = parsed(function) if isinstance(function, FunctionType) else None
+        if tree is None or tree.decorator_list or node not in call.args:
+            return False
+        starred = any(isinstance(a, ast.Starred) for a in call.args)
+        place, taken = call.args.index(node), [*tree.args.posonlyargs, *tree.args.args]
+        if starred or place >= len(taken):
+            return False
+        owners = {id(n.value): n for n in ast.walk(tree) if isinstance(n, ast.Attribute)}
+        uses = [n for n in ast.walk(tree) if isinstance(n, ast.Name) and n.id == taken[place].arg]
+        reads = all(id(n) in owners and self._is_plain_attribute(owners[id(n)], slot) for n in uses)
+        return reads and not any(_is_named(n, "locals", "vars", "eval", "exec") for n in ast.walk(tree))
 
     def _opens(self, node: ast.AST, parent: ast.AST) -> bool:
         """Whether the entries of a container are what is asked for: an index, a loop, perhaps through `enumerate`."""
@@ -196,10 +217,10 @@ class Function:
                     yield from self._chains_of(block)
 
     def _chains_of(self, block: list[ast.stmt]) -> Iterator[tuple[str, ...]]:
-        """`x = self.a(x)` and right after it `x = self.b(x)` or `return self.b(x)`."""
+        """`x = self.a(x)` and right after it `x = self.b(x)` or `return self.b(x)`, perhaps if there is such a one."""
         chain: tuple[str, ...] = ()
         result = ""
-        for statement in block:
+        for statement in self._decided(block):
             value = statement.value if isinstance(statement, (ast.Assign, ast.Return)) else None
             links, argument = _links(self, value)
             target = _target(statement)
@@ -208,6 +229,29 @@ class Function:
                 chain = ()
             chain, result = (*chain, *links), target if links else ""
         yield chain
+
+    def _decided(self, block: list[ast.stmt]) -> Iterator[ast.stmt]:
+        """The statements, with the body of `if self.norm is not None` in its place where there is such a sub-module."""
+        for statement in block:
+            way = self._way(statement) if isinstance(statement, ast.If) else None
+            if way is None:
+                yield statement
+            else:
+                yield from self._decided(way)
+
+    def _way(self, statement: ast.If) -> list[ast.stmt] | None:
+        """The branch that is taken, where it depends on nothing but whether there is a certain sub-module."""
+        test = statement.test
+        if not (isinstance(test, ast.Compare) and len(test.ops) == 1 and isinstance(test.left, ast.Attribute)):
+            return None
+        other, name = test.comparators[0], test.left.attr
+        is_none = isinstance(other, ast.Constant) and other.value is None
+        if not (is_none and self._is_self(test.left.value) and isinstance(test.ops[0], (ast.Is, ast.IsNot))):
+            return None
+        there = name in self.children
+        if not there and (getattr(self.module, name, self) is not None or _is_assigned(name, type(self.module))):
+            return None
+        return statement.body if there == isinstance(test.ops[0], ast.IsNot) else statement.orelse
 
     def _only_takes(self, argument: ast.AST | None, result: str, statement: ast.stmt, target: str) -> bool:
         """Whether the variable `result` is what the statement takes, and nothing can read it afterwards."""
@@ -255,6 +299,22 @@ def _pairs(target: ast.expr, iterated: ast.expr) -> Iterator[tuple[ast.expr, ast
         yield target, function.value
     elif isinstance(function, ast.Attribute) and function.attr == "items" and len(within) == 2:
         yield within[1], function.value
+
+
+def parsed(function: Callable[..., Any]) -> ast.FunctionDef | None:
+    """The source of a function, if there is one."""
+    try:
+        tree = ast.parse(textwrap.dedent(inspect.getsource(function))).body[0]
+    except (OSError, TypeError, SyntaxError):
+        return None
+    return tree if isinstance(tree, ast.FunctionDef) else None
+
+
+def _is_assigned(name: str, kind: type) -> bool:
+    """Whether any method but the constructors may give instances another attribute of that name."""
+    methods = (f for k in kind.__mro__ for n, f in vars(k).items() if n != "__init__" and k is not nn.Module)
+    codes = (f.__code__ for f in methods if isinstance(f, FunctionType))
+    return any(i.opname == "STORE_ATTR" and i.argval == name for code in codes for i in dis.get_instructions(code))
 
 
 def _is_plain(value: Any) -> bool:
