@@ -8,16 +8,13 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import drawn, relative_error
-from hypothesis import assume, event, given, settings
-from hypothesis import strategies as st
+from helpers import relative_error
 from torch import Tensor, nn
 from torch.optim import SGD, AdamW
 from training_cases import BLOCKS, Scale, Sum, batches, built, network, repvgg, scaled, train
 
 import fxrep
 from fxrep.errors import FxrepError
-from fxrep.testing import Network, constant_scales, inputs_for
 
 EXACT = 1e-12
 NESTEROV = {"lr": 0.05, "momentum": 0.9, "nesterov": True, "weight_decay": 1e-2}
@@ -186,65 +183,6 @@ def test_writing_into_what_a_dropout_gives():
     target = fxrep.target(net)
     torch.manual_seed(1)
     assert torch.allclose(target(x), expected, rtol=1e-12)
-
-
-@settings(max_examples=15)
-@given(st.data())
-def test_random_topologies(data: st.DataObject):
-    net = data.draw(constant_scales())
-    inputs = [data.draw(inputs_for(net)) for _ in range(3)]
-    assume(all(can_train(net, batch) for batch in inputs))
-    event(f"rules: {agrees(net, inputs)}")
-
-
-def test_random_topologies_have_rules():
-    """A floor, so that the property above is not about nothing."""
-    nets = drawn(constant_scales(), 40, 1)
-    ruled = [len(fxrep.target(net).rules) for net in nets]
-    assert sum(n > 0 for n in ruled) > 20
-    assert sum(ruled) > 30
-
-
-def agrees(net: Network, inputs: list[Any]) -> int:
-    """Trains a random network and its target on the same inputs; gives the number of rules."""
-    target = fxrep.target(net)
-    options = {"lr": 1e-3, "momentum": 0.9, "nesterov": True, "weight_decay": 0.1}
-    pair = [(net, _sgd(net, options, None)), (target, _sgd(target, options, target))]
-    for batch in inputs:
-        given = [[x.clone() for x in batch] for _ in pair]
-        losses = [_seeded_loss(model, args) for (model, _), args in zip(pair, given, strict=True)]
-        assert torch.allclose(*losses, rtol=1e-9, atol=1e-9)
-        for (_, optimizer), loss in zip(pair, losses, strict=True):
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-    return len(target.rules)
-
-
-def can_train(net: Network, batch: Any) -> bool:
-    """Not where an operation in place takes from autograd what it needs."""
-    try:
-        _loss(copy.deepcopy(net), [x.clone() for x in batch]).backward()
-    except RuntimeError as error:
-        return "inplace" not in str(error) and "does not require grad" not in str(error)
-    return True
-
-
-def _sgd(net: nn.Module, options: dict[str, Any], target: nn.Module | None) -> Any:
-    trained = [p for p in net.parameters() if p.requires_grad] or [nn.Parameter(torch.zeros(()))]
-    sgd = SGD(trained, **options)
-    return sgd if target is None or not target.rules else fxrep.RepOptimizer(sgd, target)
-
-
-def _seeded_loss(net: nn.Module, args: list[Tensor]) -> Tensor:
-    """Dropouts draw the same masks."""
-    torch.manual_seed(0)
-    return _loss(net, args)
-
-
-def _loss(net: nn.Module, args: list[Tensor]) -> Tensor:
-    out = net(*args)
-    return torch.stack([o.square().mean() for o in (out if isinstance(out, tuple) else (out,))]).sum()
 
 
 # AdamW: equal where one branch falls on an entry; else up to eps.
