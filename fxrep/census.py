@@ -11,7 +11,7 @@ from torch.fx import Graph, Node
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 
-from fxrep.lower import Recipe
+from fxrep.lower import Emit, Recipe
 from fxrep.plan import Plan
 from fxrep.readers import canonical, registered
 from fxrep.readers.normalization import NATIVE_BATCH_NORMS
@@ -73,9 +73,13 @@ def planned(
 
 
 def _recipe_kinds(recipe: Recipe) -> list[str]:
-    layer = "conv" if recipe.dims else "linear"
-    terms = [layer if e.operator else "mul" if e.gain is not None else "add" for e in recipe.emits if not e.is_pass]
+    terms = [kind_of_emit(e, recipe.dims) for e in recipe.emits if not e.is_pass]
     return terms + ["add" for part in recipe.parts for _ in part[1:]]
+
+
+def kind_of_emit(emit: Emit, dims: int | None) -> str:
+    layer = "conv" if dims else "linear"
+    return layer if emit.operator else "mul" if emit.gain is not None else "add"
 
 
 def kinds(node: Node, modules: Mapping[str, nn.Module]) -> list[str]:

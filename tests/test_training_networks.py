@@ -1,4 +1,4 @@
-"""Networks made for training: expanded, searched, folded online."""
+"""Networks made for training: searched, derived, and refused."""
 
 from __future__ import annotations
 
@@ -135,46 +135,3 @@ def test_gradients_go_where_the_forward_lets_them(kind: type[nn.Module], make: A
     for model, given in zip((net, made), inputs, strict=True):
         model(given).square().sum().backward()
     assert relative_error(inputs[1].grad, inputs[0].grad) < 1e-12
-
-
-# Online.
-
-
-def test_online_gradients_are_those_of_the_branches():
-    torch.manual_seed(0)
-    inner = nn.Sequential(nn.Conv2d(4, 4, 1, bias=False), nn.Conv2d(4, 4, 3, padding=1, bias=False))
-    net = Sum(4, scaled(4, 4, 3, trains=True), inner, Scale(4, trains=True)).double()
-    online = fxrep.online(net)
-    assert sum(collapse.became.startswith("Conv2d") for collapse in online.report.collapses) == 1
-    assert {n for n, _ in online.named_parameters()} == {n for n, _ in net.named_parameters()}
-    x = torch.randn(2, 4, 7, 6, dtype=torch.float64)
-    for _ in range(2):  # the second forward folds what the step has made
-        outs = [model(x) for model in (net, online)]
-        assert relative_error(outs[1], outs[0]) < 1e-12
-        for model, out in zip((net, online), outs, strict=True):
-            model.zero_grad()
-            out.square().sum().backward()
-        theirs = dict(net.named_parameters())
-        for name, parameter in online.named_parameters():
-            assert relative_error(parameter.grad, theirs[name].grad) < 1e-12
-        for model in (net, online):
-            torch.optim.SGD(model.parameters(), lr=1e-3).step()
-
-
-def test_online_keeps_less_for_the_backward_pass():
-    net = Sum(4, *(scaled(4, 4, k, trains=True) for k in (3, 3, 1)), Scale(4, trains=True), norm=False).double()
-    x = torch.randn(2, 4, 32, 32, dtype=torch.float64)
-    assert _kept(fxrep.online(net), x) < _kept(net, x) / 2
-
-
-def _kept(net: nn.Module, x: Tensor) -> int:
-    kept: dict[int, int] = {}
-
-    def pack(tensor: Tensor) -> Tensor:
-        kept[tensor.data_ptr()] = tensor.untyped_storage().nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        out = net(x)
-    assert out.requires_grad
-    return sum(kept.values())

@@ -27,6 +27,7 @@ from fxrep.training.linear import Linear, names_of
 from fxrep.training.rules import Rule, derive
 
 TRAINS = "a target is derived from a network as it trains, and this one"
+NORMS = "one batch norm after the sum (fxrep.hyper_search), or frozen ones: eval(), requires_grad_(False)"
 
 
 def target(model: nn.Module, example_inputs: Examples = None) -> nn.Module:
@@ -50,7 +51,7 @@ def target(model: nn.Module, example_inputs: Examples = None) -> nn.Module:
     rules: list[Rule] = []
 
     def write(pipeline: Pipeline) -> tuple[GraphModule, Report]:
-        _tell_of_norms(pipeline)
+        tell_of_norms(pipeline, NORMS)
         while refused := [*by_present_values(pipeline), *_tied(pipeline)]:
             pipeline.decline(refused)
         collapsed, report = pipeline.rewrite()
@@ -145,11 +146,10 @@ class _Elsewhere(Doubles):
         return moved
 
 
-def _tell_of_norms(pipeline: Pipeline) -> None:
+def tell_of_norms(pipeline: Pipeline, hint: str) -> None:
     """Of batch norms in training mode, those in a branch keep a sum apart; the others are where they belong."""
     readings = pipeline.readings
     summed = {s for form in readings.forms.values() if len(form.sources) > 1 for s in form.sources}
-    hint = "one batch norm after the sum (fxrep.hyper_search), or frozen ones: eval(), requires_grad_(False)"
     told = {
         name: replace(r, reason=f"{r.reason}, in a branch", hint=hint) if r.code == "batch-statistics" else r
         for name, r in readings.refusals.items() if r.code != "batch-statistics" or name in summed

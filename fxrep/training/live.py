@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import cached_property
 from typing import Any
 
@@ -11,6 +13,7 @@ from torch.fx import GraphModule, Node
 
 from fxrep import kernel as K
 from fxrep.api import Examples
+from fxrep.census import kind_of_emit
 from fxrep.errors import FxrepError
 from fxrep.evaluation import evaluate
 from fxrep.fold import Folded, in_layout, run_emit
@@ -20,10 +23,11 @@ from fxrep.pipeline import Pipeline
 from fxrep.plan import Decision
 from fxrep.report import Report
 from fxrep.rewrite import Rewriter
-from fxrep.training.derivation import by_present_values, rewritten_as_it_trains
+from fxrep.training.derivation import by_present_values, rewritten_as_it_trains, tell_of_norms
 from fxrep.training.linear import Live, names_of
 
 TRAINS = "branches are folded online as they train, and this network"
+NORMS = "fold it by statistics that stay: eval() on the batch norm, whose scale and shift train all the same"
 
 
 def online(model: nn.Module, example_inputs: Examples = None) -> nn.Module:
@@ -48,11 +52,14 @@ def online(model: nn.Module, example_inputs: Examples = None) -> nn.Module:
 
 
 def _write(pipeline: Pipeline) -> tuple[GraphModule, Report]:
+    tell_of_norms(pipeline, NORMS)
     while refused := list(by_present_values(pipeline)):
         pipeline.decline(refused)
     result, report = pipeline.rewrite(writer=OnlineRewriter)
     _restore_owners(result, dict(pipeline.traced.root.named_modules()))
-    return result, report
+    after = Counter(report.after)  # without the online layers, which are of none of the types that are counted
+    after.update(kind_of_emit(m.emit, m.dims) for m in result.modules() if isinstance(m, OnlineLayer))
+    return result, replace(report, after=dict(after))
 
 
 def _restore_owners(result: GraphModule, modules: Mapping[str, nn.Module]) -> None:
