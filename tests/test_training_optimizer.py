@@ -85,9 +85,35 @@ def test_every_implementation_of_sgd(options: dict[str, Any]):
     assert relative_error(outputs(target), outputs(branches)) < EXACT
 
 
-def test_a_gradient_scaler_unscales_and_skips():
+@pytest.mark.parametrize("options", [{"foreach": True}, {"fused": True}], ids=str)
+def test_every_implementation_of_adamw(options: dict[str, Any]):
+    branches, target = pair("residual")  # one branch that trains: exact, whatever eps
+    train(branches, AdamW(branches.parameters(), lr=1e-2), batches(4))
+    optimizer = fxrep.RepOptimizer(AdamW(target.parameters(), lr=1e-2, **options), target)
+    train(target, optimizer, batches(4))
+    assert relative_error(outputs(target), outputs(branches)) < EXACT
+
+
+def test_a_schedule_reaches_the_wrapped_optimizer_and_goes_on_after_a_checkpoint():
     branches, target = pair()
-    for net, optimizer in ((branches, SGD(branches.parameters(), **OPTIONS)), (target, wrapped(target))):
+    inner = SGD(branches.parameters(), **OPTIONS)
+    optimizers = [inner, wrapped(target)]
+    for _ in range(2):
+        schedules = [torch.optim.lr_scheduler.StepLR(o, 1, gamma=0.5) for o in optimizers]
+        for batch in batches(2):
+            train(branches, inner, [batch])
+            train(target, optimizers[1], [batch])
+            for schedule in schedules:
+                schedule.step()
+        optimizers[1].load_state_dict(copy.deepcopy(optimizers[1].state_dict()))
+    assert inner.param_groups[0]["lr"] == OPTIONS["lr"] / 16
+    assert relative_error(outputs(target), outputs(branches)) < EXACT
+
+
+@pytest.mark.parametrize("options", [{}, {"fused": True}], ids=str)
+def test_a_gradient_scaler_unscales_and_skips(options: dict[str, Any]):
+    branches, target = pair()
+    for net, optimizer in ((branches, SGD(branches.parameters(), **OPTIONS)), (target, wrapped(target, **options))):
         scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
         for number, batch in enumerate(batches(4)):
             optimizer.zero_grad()
