@@ -26,8 +26,8 @@ class Equal:
     def holds(self) -> bool:
         """Whether they are equal to the accuracy of float64."""
         zeros = torch.zeros(self.length, dtype=torch.float64)
-        values = [zeros if v is None else evaluate(K.spread(v, self.length)).cpu() for v in (self.a, self.b)]
-        return torch.allclose(values[0], values[1], rtol=1e-9, atol=1e-12)
+        a, b = (zeros if v is None else evaluate(K.spread(v, self.length)).cpu() for v in (self.a, self.b))
+        return a.shape == b.shape and torch.allclose(a, b, rtol=1e-9, atol=1e-12)
 
 
 _NOTED: ContextVar[list[Equal] | None] = ContextVar("noted", default=None)

@@ -95,11 +95,12 @@ def _groups(
     """Decisions that share tensors or layers, with how many numbers they store and free together."""
     keys = Keys()
     stored = {d.node: _stored(d, keys) for d in plan.decisions.values()}
-    read = {d.node: _numbers(forms[n] for n in d.replaced if n in forms) for d in plan.decisions.values()}
+    calls = {d.node: [forms[n] for n in d.replaced if n in forms] for d in plan.decisions.values()}
     alive = {*kept, *_numbers(_computed(plan, forms))} if kept is not None else set()
-    for names in _connected({n: {*stored[n], *read[n]} for n in stored}):
+    for names in _connected({n: {*stored[n], *_numbers(calls[n])} for n in stored}):
         made = {key: size for n in names for key, size in stored[n].items()}
-        freed = {(n if kept is None else "", m): size for n in names for m, size in read[n].items() if m not in alive}
+        read = enumerate(_numbers([call]) for n in names for call in calls[n])
+        freed = {(m, kept is None and i): size for i, r in read for m, size in r.items() if m not in alive}
         yield [plan.decisions[n] for n in names], sum(made.values()), sum(freed.values())
 
 

@@ -242,6 +242,9 @@ def test_stacks_that_are_no_operator():
         stack(layer(2, 4, 4, g=2).operator, layer(2, 3, 3, g=1).operator, same_input=False)
     with pytest.raises(Illegal, match="stride"):
         stack(layer(2).operator, layer(2, s=2).operator, same_input=True)
+    three, two = (layer(2, n, n, g=n, lo=1, fill=random(8, n)) for n in (3, 2))
+    with pytest.raises(Illegal, match="pad-value"):
+        stack(three.operator, two.operator, same_input=False)
 
 
 def test_uneven_groups_side_by_side_are_no_grouped_convolution():

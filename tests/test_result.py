@@ -114,6 +114,11 @@ def padded_unevenly_and_written(m: Any, x: Tensor) -> Tensor:
     return F.avg_pool2d(written, 3, stride=2, padding=1, count_include_pad=False) - v
 
 
+def of_one_weight(m: Any, x: Tensor) -> Tensor:
+    """Two layers with a weight in common: each call of it counts as one, in one decision as in two."""
+    return F.conv2d(m.first(x), m.first.weight)
+
+
 @pytest.mark.parametrize(
     ("body", "parts", "shape", "left"),
     [
@@ -123,8 +128,10 @@ def padded_unevenly_and_written(m: Any, x: Tensor) -> Tensor:
                                                "shift": torch.randn(1, 8, 1, 1),
                                                "second": nn.Conv2d(8, 8, 1, bias=False),
                                                "last": nn.Conv2d(8, 4, 1, bias=False)}, (2, 4, 7, 5), "conv"),
+        (of_one_weight, lambda: {"first": nn.Conv2d(4, 4, (3, 1), padding=(1, 0), padding_mode="circular")},
+         (2, 4, 7, 5), "conv"),
     ],
-    ids=["asked for its shape", "padded unevenly and written"],
+    ids=["asked for its shape", "padded unevenly and written", "of one weight"],
 )  # fmt: skip
 def test_one_pass_finds_what_a_second_would(
     body: Callable[..., Any], parts: Callable[[], dict[str, Any]], shape: tuple[int, ...], left: str
