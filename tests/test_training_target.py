@@ -82,6 +82,17 @@ def test_a_fixed_operator_after_what_trains_is_no_multiplier():
     assert rule.outputs[0].multiplier is None
 
 
+def test_a_large_kernel_is_derived_as_a_small_one():
+    """More numbers than are folded at once: where others are put in their place, every block must see them."""
+    block = Sum(128, scaled(64, 128, 3), scaled(64, 128, 1)).train()
+    target = fxrep.target(block)
+    assert not target.report.refusals
+    ((output,),) = (rule.outputs for rule in target.rules)
+    s, t = (branch[1].weight.detach().double() for branch in block.branches)
+    assert torch.allclose(output.multiplier[:, :, 1, 1], (s**2 + t**2)[:, 0].expand(128, 64))
+    assert torch.allclose(output.multiplier[:, :, 0, 0], (s**2)[:, 0].expand(128, 64))
+
+
 def test_what_is_frozen_stays():
     block = Sum(4, scaled(4, 4, 3), scaled(4, 4, 1)).train().double()
     block.branches[0].requires_grad_(False)
