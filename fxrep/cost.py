@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Any
+from typing import Any, NamedTuple
 
 from fxrep.errors import FxrepError
 
@@ -51,15 +51,14 @@ def profile_for(device_type: str) -> Profile:
     return PROFILES["cpu"] if device_type in ("cpu", "meta") else PROFILES["cuda"]
 
 
-@dataclass(frozen=True)
-class Work:
+class Work(NamedTuple):
     """What a step does: multiply-adds of one kind, elements moved, operators started."""
 
     macs: float = 0.0
     kind: str = "dense"
     elements: float = 0.0
     steps: int = 0
-    weights: float = field(default=0.0)
+    weights: float = 0.0
 
     def seconds(self, profile: Profile) -> float:
         """The roofline of this step on a device.

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fxrep.frozen import arguments
 from fxrep.kernel import Constant, Dirac, Kernel, Leaf, Map, topological
 
 LeafValue = Callable[[Leaf], Tensor]
@@ -56,7 +57,7 @@ def _positive(node: Kernel, operands: dict[int, Kernel]) -> Kernel:
             return tuple(map(swapped, value))
         return operands[id(value)] if isinstance(value, Kernel) else value
 
-    return type(node)(**{name: swapped(value) for name, value in node.arguments.items()})
+    return type(node)(**{name: swapped(value) for name, value in arguments(node).items()})
 
 
 def evaluate(kernel: Kernel, leaf_value: LeafValue = in_float64, like: Tensor | None = None) -> Tensor:

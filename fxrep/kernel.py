@@ -10,10 +10,11 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import product
-from typing import Any
 
 import torch
 from torch import Tensor
+
+from fxrep.frozen import arguments
 
 Shape = tuple[int, ...]
 
@@ -29,17 +30,12 @@ class Kernel:
     def __post_init__(self) -> None:
         assert all(isinstance(n, int) for n in self.shape), self.shape
         found: list[Kernel] = []
-        for value in vars(self).values():
+        for value in arguments(self).values():
             if isinstance(value, Kernel):
                 found.append(value)
             elif isinstance(value, tuple):
                 found += [k for k in value if isinstance(k, Kernel)]
         object.__setattr__(self, "operands", tuple(found))
-
-    @property
-    def arguments(self) -> dict[str, Any]:
-        """What it was made with, by name."""
-        return {name: value for name, value in vars(self).items() if name != "operands"}
 
     def _compute(self, *values: Tensor) -> Tensor:
         raise NotImplementedError

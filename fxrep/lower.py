@@ -275,6 +275,8 @@ class Pricer:
 
     sizes: Sizes
     aim: Aim
+    #: what is known of emits already, by the size of what they give
+    known: dict[tuple[int, tuple[int, ...]], tuple[Emit, list[Work]]] = field(default_factory=dict)
 
     def seconds(self, recipe: Recipe, out: Shape, of: Callable[[str], Shape]) -> float:
         return sum(w.seconds(self.aim.profile) for w in self.works(recipe, out, of))
@@ -306,7 +308,13 @@ class Pricer:
         works += [Work(elements=2 * written, steps=1)] if len(recipe.parts) > 1 else []
         return works
 
-    def _term(self, emit: Emit, dims: int, result: tuple[int, ...], of: Callable[[str], Shape]) -> Iterator[Work]:
+    def _term(self, emit: Emit, dims: int, result: tuple[int, ...], of: Callable[[str], Shape]) -> list[Work]:
+        key = id(emit), result
+        if key not in self.known:
+            self.known[key] = emit, list(self._steps(emit, dims, result, of))
+        return self.known[key][1]
+
+    def _steps(self, emit: Emit, dims: int, result: tuple[int, ...], of: Callable[[str], Shape]) -> Iterator[Work]:
         rows = emit.anchor.rows
         read = self.sizes.numbers(of(emit.anchor.source), dims + 1)
         elements = float(prod(read))
@@ -323,14 +331,15 @@ class Pricer:
 
 
 def _convolution(op: AffineConv, elements: float, read: tuple[int, ...], result: tuple[int, ...]) -> Iterator[Work]:
+    dims = op.dims
     spatial = read if op.transposed else result  # a transposed operator works once per input pixel
-    lead = prod(result[: -op.dims - 1])
-    positions = lead * prod(spatial[len(spatial) - op.dims :])
+    lead = prod(result[: -dims - 1])
+    positions = lead * prod(spatial[len(spatial) - dims :])
     weights = float(prod(op.weight.shape))
-    written = float(lead * op.out_channels * prod(result[len(result) - op.dims :]))
+    written = float(lead * op.out_channels * prod(result[len(result) - dims :]))
     if needs_explicit_pad(op):
         yield Work(elements=2 * elements, steps=1)
-        padded = (max(n + p + q, 1) / n for n, p, q in zip(read[-op.dims :], op.pad_lo, op.pad_hi, strict=True))
+        padded = (max(n + p + q, 1) / n for n, p, q in zip(read[-dims:], op.pad_lo, op.pad_hi, strict=True))
         elements *= prod(padded)  # the layer reads what the pad wrote
-    kind = kind_of(prod(op.taps), op.dims, op.groups, op.in_channels)
+    kind = kind_of(prod(op.taps), dims, op.groups, op.in_channels)
     yield Work(weights * positions, kind, elements + written, 1, weights)

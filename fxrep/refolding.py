@@ -13,6 +13,7 @@ from fxrep import kernel as K
 from fxrep.equal import Equal
 from fxrep.errors import FxrepError
 from fxrep.evaluation import Doubles
+from fxrep.frozen import arguments
 from fxrep.kernel import Kernel
 from fxrep.rows import blocks
 from fxrep.snapshot import CONSTANT
@@ -320,7 +321,7 @@ class _Changed:
             return self.change(node)
         if not node.operands:
             return node
-        return type(node)(**{name: self._swapped(value) for name, value in node.arguments.items()})
+        return type(node)(**{name: self._swapped(value) for name, value in arguments(node).items()})
 
     def _swapped(self, value: Any) -> Any:
         if isinstance(value, Kernel):

@@ -13,6 +13,7 @@ from torch import Tensor
 from fxrep import kernel as K
 from fxrep.errors import Refusal
 from fxrep.form import AffineForm
+from fxrep.frozen import arguments
 from fxrep.kernel import Kernel
 from fxrep.lower import Emit
 from fxrep.ownership import memory_of
@@ -32,7 +33,7 @@ class Keys:
     def of_emit(self, emit: Emit) -> int:
         """Of a layer: its geometry and the expressions of its numbers."""
         op = emit.operator
-        geometry = () if op is None else tuple(map(self._plain, vars(op).values()))
+        geometry = () if op is None else tuple(map(self._plain, arguments(op).values()))
         kernels = tuple(None if k is None else self.of(k) for k in (emit.gain, emit.bias))
         return self._number((geometry, kernels, emit.anchor.rows))
 
@@ -40,7 +41,7 @@ class Keys:
         for node in () if id(kernel) in self.of_kernel else K.topological((kernel,)):
             if id(node) not in self.of_kernel:
                 self.held.append(node)
-                content = tuple(map(self._plain, node.arguments.values()))
+                content = tuple(map(self._plain, arguments(node).values()))
                 self.of_kernel[id(node)] = self._number((type(node), content))
         return self.of_kernel[id(kernel)]
 
