@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from fxrep.errors import FxrepError
+from fxrep.trees import first_names, named_modules
 
 HOOKS = (
     "_forward_hooks", "_forward_pre_hooks", "_forward_hooks_with_kwargs", "_forward_pre_hooks_with_kwargs",
@@ -25,7 +26,7 @@ ATOMS = frozenset((bool, int, float, complex, str, bytes, type(None), type))
 def structural_copy(model: nn.Module) -> nn.Module:
     """New module objects around the *same* parameters and hooks, in eval mode: tracing it cannot touch the original."""
     memo: dict[int, Any] = {}
-    modules = list(model.modules())
+    modules = [m for _, m in first_names(named_modules(model))]
     for module in modules:
         memo.update({id(p): p for p in module._parameters.values() if p is not None})
         hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
@@ -38,7 +39,7 @@ def structural_copy(model: nn.Module) -> nn.Module:
             f"{name} cannot be copied ({error}); fxrep works on a copy, to leave your model as it is. "
             "Remove what cannot be copied (open files, locks, generators) from the module's attributes."
         ) from error
-    for old, new in zip(modules, copied.modules(), strict=True):
+    for old, new in zip(modules, (m for _, m in first_names(named_modules(copied))), strict=True):
         if not _is_plain(type(old)):
             _complete(old, new)
     return copied

@@ -23,6 +23,7 @@ from fxrep.page.scene import Grid
 from fxrep.plan import Decision, Plan
 from fxrep.readers import Readings
 from fxrep.readers.sizes import ASSERTS
+from fxrep.trees import buffers, named_modules, parameters
 
 MOST_PICTURES = 6
 MOST_SUMMANDS = 6
@@ -115,7 +116,9 @@ def pictures(decision: Decision, names: Mapping[int, str]) -> dict[int, Picture]
 
 
 def parameter_names(root: nn.Module) -> dict[int, str]:
-    return {id(p): name for name, p in (*root.named_buffers(), *root.named_parameters())}
+    modules = named_modules(root)
+    found = (*buffers(modules).items(), *parameters(modules).items())
+    return {id(p): name for name, p in reversed(found)}
 
 
 def _picture(emit: Emit, names: Mapping[int, str], doubles: Doubles) -> Picture | None:

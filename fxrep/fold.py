@@ -21,6 +21,7 @@ from fxrep.parts import Anchor
 from fxrep.refolding import columns_first
 from fxrep.rows import blocks
 from fxrep.sketch import gathered, rows_sketched, sketched
+from fxrep.trees import named_modules, parameters
 
 CONV_LAYERS: dict[tuple[int, bool], type[nn.Module]] = {
     (1, False): nn.Conv1d, (2, False): nn.Conv2d, (3, False): nn.Conv3d,
@@ -104,7 +105,7 @@ def in_layout(emit: Emit, number: Callable[[K.Kernel], Tensor]) -> tuple[Tensor 
 
 def like_of(model: nn.Module) -> Like | None:
     """The dtype and device of a model's floating-point parameters, if all have one."""
-    kinds = {(p.dtype, p.device) for p in model.parameters() if p.is_floating_point()}
+    kinds = {(p.dtype, p.device) for p in parameters(named_modules(model)).values() if p.is_floating_point()}
     return Like(*next(iter(kinds)), channels_last=False, trainable=False) if len(kinds) == 1 else None
 
 

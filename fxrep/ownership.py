@@ -17,6 +17,7 @@ from fxrep.fold import Folded
 from fxrep.plan import Decision, Plan
 from fxrep.readers.walk import attribute_of
 from fxrep.refolding import refold
+from fxrep.trees import named_modules, own_attributes
 
 
 class Ledger:
@@ -118,9 +119,9 @@ def _give_attributes(attributes: Mapping[str, Any], result: nn.Module, memo: dic
 
 def own_tensors(result: nn.Module, model: nn.Module) -> None:
     """Copies every tensor that still belongs to the caller's model; tied ones stay tied."""
-    theirs = {id(t) for m in model.modules() for t in _stored(m)}
+    theirs = {id(t) for _, m in named_modules(model) for t in _stored(m)}
     memo: dict[int, Any] = {}
-    for module in result.modules():
+    for _, module in named_modules(result):
         stores: tuple[dict[str, Any], ...] = (module._parameters, module._buffers, vars(module))
         for store in stores:
             for name, tensor in store.items():
@@ -129,7 +130,7 @@ def own_tensors(result: nn.Module, model: nn.Module) -> None:
 
 
 def _stored(module: nn.Module) -> Iterable[Tensor]:
-    stores = (module._parameters, module._buffers, vars(module))
+    stores = (module._parameters, module._buffers, dict(own_attributes(module)))
     return (t for store in stores for t in store.values() if isinstance(t, Tensor))
 
 

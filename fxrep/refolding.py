@@ -17,6 +17,7 @@ from fxrep.frozen import arguments
 from fxrep.kernel import Kernel
 from fxrep.rows import blocks
 from fxrep.snapshot import CONSTANT
+from fxrep.trees import buffers, first_names, joined, named_modules, own_attributes, parameters
 
 DRAFT = "_fxrep_draft"  # where a collapsed module holds its folds until it is known what their leaves are called
 
@@ -113,11 +114,11 @@ class FoldPlan:
 
         Raises FxrepError, with nothing changed, where `model` is not of the architecture that was collapsed.
         """
-        modules = _modules(model)
+        modules = named_modules(model)
         self._check(_registered(modules), _layers(modules))
         tensors = _tensors(modules)
         self._check_needed(tensors)
-        targets = _tensors(_modules(collapsed))
+        targets = _tensors(named_modules(collapsed))
         with torch.no_grad():
             for new, fold in self._bound(tensors):
                 fold.into(targets[new].detach())
@@ -202,70 +203,50 @@ class Architecture:
 
     @staticmethod
     def of(model: nn.Module) -> Architecture:
-        modules = _modules(model)
+        modules = named_modules(model)
         signature = {n: (tuple(t.shape), t.dtype) for n, t in _registered(modules).items()}
         return Architecture(signature, _layers(modules), _tensors(modules))
 
 
 def make_fold_plan(result: nn.Module, root: nn.Module, before: Architecture) -> FoldPlan:
     """From the drafts in `result` and the names that their leaves had before, or that tracing gave them in `root`."""
-    drafts = [(name, vars(m).pop(DRAFT)) for name, m in result.named_modules() if DRAFT in vars(m)]
-    constants = {name: t for name, t in _tensors(_modules(root)).items() if CONSTANT in name}
+    drafts = [(name, vars(m).pop(DRAFT)) for name, m in named_modules(result) if DRAFT in vars(m)]
+    constants = {name: t for name, t in _tensors(named_modules(root)).items() if CONSTANT in name}
     names = {id(t): name for name, t in reversed({**constants, **before.tensors}.items())}
     renamed = _renaming(names)
     folds, equal, indices = dict[str, Fold](), list[Equal](), dict[str, Tensor]()
     try:
         for prefix, draft in drafts:
-            folds |= {_joined(prefix, n): replace(f, kernel=renamed(f.kernel)) for n, f in draft.folds.items()}
+            folds |= {joined(prefix, n): replace(f, kernel=renamed(f.kernel)) for n, f in draft.folds.items()}
             equal += [_over(e, renamed) for e in draft.equal]
             indices |= {names[id(t)]: t.detach().cpu().clone() for t in draft.indices if id(t) in names}
     except KeyError as unnamed:
         return FoldPlan(lost=str(unnamed.args[0]))
-    present = _modules(result)
+    present = named_modules(result)
     kept = {new: names[id(t)] for new, t in _tensors(present).items() if new not in folds and id(t) in names}
     static = {new: t for new, t in _registered(present).items() if new not in folds and new not in kept}
     keys = tuple(result.state_dict(keep_vars=True))
     return FoldPlan(folds, kept, static, tuple(equal), indices, before.signature, before.layers, keys)
 
 
-def _joined(prefix: str, name: str) -> str:
-    return f"{prefix}.{name}" if prefix else name
-
-
-def _modules(model: nn.Module) -> list[tuple[str, nn.Module]]:
-    """Every module under every name that it has, as `named_modules` gives them, in one walk."""
-    found, todo = list[tuple[str, nn.Module]](), [("", model)]
-    while todo:
-        prefix, module = todo.pop()
-        found.append((prefix, module))
-        inner = [(_joined(prefix, name), m) for name, m in module._modules.items() if m is not None]
-        todo += reversed(inner)
-    return found
-
-
 def _registered(modules: Sequence[tuple[str, nn.Module]]) -> dict[str, Tensor]:
     """Parameters, then buffers, by their dotted names, each under every name that it has."""
-    parameters = {_joined(p, n): t for p, m in modules for n, t in m._parameters.items() if t is not None}
-    buffers = {_joined(p, n): t for p, m in modules for n, t in m._buffers.items() if t is not None}
-    return {**parameters, **buffers}
+    return {**parameters(modules), **buffers(modules)}
 
 
 def _tensors(modules: Sequence[tuple[str, nn.Module]]) -> dict[str, Tensor]:
     """The registered ones, and those that are mere attributes."""
-    plain = {_joined(p, n): t for p, m in modules for n, t in vars(m).items() if isinstance(t, Tensor)}
+    plain = {joined(p, n): t for p, m in modules for n, t in own_attributes(m) if isinstance(t, Tensor)}
     return _registered(modules) | plain
 
 
 def _layers(modules: Sequence[tuple[str, nn.Module]]) -> tuple[tuple[str, str, int], ...]:
     """Name, class and a hash of the plain settings of each module, told once: strides, pads, eps."""
-    first: dict[int, tuple[str, nn.Module]] = {}
-    for name, module in modules:
-        first.setdefault(id(module), (name, module))
-    return tuple((name, type(m).__qualname__, _settings(m)) for name, m in first.values())
+    return tuple((name, type(m).__qualname__, _settings(m)) for name, m in first_names(modules))
 
 
 def _settings(module: nn.Module) -> int:
-    plain = ((k, v) for k, v in vars(module).items() if type(v) in _SETTINGS and k != "training")
+    plain = ((k, v) for k, v in own_attributes(module) if type(v) in _SETTINGS)
     return hash(repr(tuple(plain)))
 
 

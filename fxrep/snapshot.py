@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from operator import eq, is_
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+
+from fxrep.trees import first_names, named_modules, own_attributes
 
 CONSTANT = "_tensor_constant"  # how fx names the tensors that it stows away on the root
 
@@ -15,8 +18,11 @@ class Snapshot:
     """The state of a module tree before a trace."""
 
     def __init__(self, root: nn.Module) -> None:
-        self.modules = [(name, m) for name, m in root.named_modules() if not isinstance(m, torch.jit.ScriptModule)]
-        self.attributes = {name: _attributes(module) for name, module in self.modules}
+        self.modules = [
+            (name, m) for name, m in first_names(named_modules(root)) if not isinstance(m, torch.jit.ScriptModule)
+        ]
+        self.attributes = {name: dict(vars(module)) for name, module in self.modules}
+        self.stores = {name: {s: dict(vars(module)[s]) for s in _STORES} for name, module in self.modules}
         self.contents = {name: dict(_containers(module)) for name, module in self.modules}
         self.tensors = {name: [(t, _version(t), t.detach().clone()) for t in _buffers(m)] for name, m in self.modules}
         self.random = torch.get_rng_state()
@@ -37,17 +43,16 @@ class Snapshot:
 
     def _restore_attributes(self, name: str, module: nn.Module) -> bool:
         before, now = self.attributes[name], vars(module)
-        changed = [k for k in now if k not in _STORES and (k not in before or now[k] is not before[k])]
+        changed = [] if _same_entries(now, before) else [k for k in now if k not in before or now[k] is not before[k]]
         for key in changed:
             if key in before:
                 now[key] = before[key]
             elif not key.startswith(CONSTANT):
                 del now[key]
         for store in _STORES:
-            if before[store].keys() != now[store].keys() or any(
-                now[store][k] is not v for k, v in before[store].items()
-            ):
-                now[store] = before[store]
+            was = self.stores[name][store]
+            if not _same_entries(now[store], was):
+                now[store] = was
                 changed.append(store)
         return any(not key.startswith(CONSTANT) for key in changed)
 
@@ -72,21 +77,16 @@ class Snapshot:
 
 
 _STORES = ("_buffers", "_parameters")
-_PLAIN = frozenset(vars(nn.Module()))
-
-
-def _attributes(module: nn.Module) -> dict[str, Any]:
-    return {**vars(module), **{store: dict(vars(module)[store]) for store in _STORES}}
 
 
 def _containers(module: nn.Module) -> Iterator[tuple[str, Any]]:
-    return ((k, v.copy()) for k, v in vars(module).items() if isinstance(v, (list, dict, set)) and k not in _PLAIN)
+    return ((k, v.copy()) for k, v in own_attributes(module) if isinstance(v, (list, dict, set)))
 
 
 def _buffers(module: nn.Module) -> Iterator[Tensor]:
     """Buffers and plain tensors; parameters are proxies while they are traced."""
     yield from (t for t in module._buffers.values() if t is not None)
-    yield from (v for v in vars(module).values() if isinstance(v, Tensor))
+    yield from (v for _, v in own_attributes(module) if isinstance(v, Tensor))
 
 
 def _version(tensor: Tensor) -> int:
@@ -97,6 +97,8 @@ def _same_entries(now: Any, before: Any) -> bool:
     if len(now) != len(before):
         return False
     if isinstance(now, dict):
+        if all(map(is_, now.values(), before.values())) and all(map(eq, now, before)):
+            return True
         return all(k in before and before[k] is v for k, v in now.items())
     if isinstance(now, set):
         return bool(now == before)

@@ -13,6 +13,7 @@ from torch import fx, nn
 from fxrep.errors import Refusal
 from fxrep.snapshot import Snapshot
 from fxrep.tracer import Tracer, told
+from fxrep.trees import first_names, named_modules
 
 
 @dataclass(frozen=True)
@@ -64,7 +65,7 @@ def _finished(root: nn.Module, graph: fx.Graph, kept: Mapping[str, str]) -> Trac
         node.type = None if isinstance(node.type, str) else node.type
     called = {str(n.target) for n in graph.nodes if n.op == "call_module"}
     inside = {name: reason for name, reason in kept.items() if name in called}
-    return Traced(root, graph, inside, dict(root.named_modules()))
+    return Traced(root, graph, inside, dict(first_names(named_modules(root))))
 
 
 def _obstacle(root: nn.Module) -> str:

@@ -28,6 +28,7 @@ from fxrep.proxies import (
 )
 from fxrep.readers import is_hooked
 from fxrep.readers.walk import writes
+from fxrep.trees import buffers, named_modules, parameters
 
 RANDOM_FACTORIES = (
     "rand", "randn", "randint", "randperm", "normal", "rand_like", "randn_like", "randint_like", "bernoulli",
@@ -140,9 +141,9 @@ class Tracer(Recorder):
 
     def trace(self, root: Any, concrete_args: dict[str, Any] | None = None) -> fx.Graph:
         if isinstance(root, nn.Module):
-            tensors = (*root.named_parameters(remove_duplicate=False), *root.named_buffers(remove_duplicate=False))
-            self.tensors = dict(tensors)
-            self.names = {id(tensor): name for name, tensor in reversed(tensors)}
+            modules = named_modules(root)
+            self.tensors = {**parameters(modules), **buffers(modules)}
+            self.names = {id(tensor): name for name, tensor in reversed(self.tensors.items())}
         with Watch(self), recorded_builtins():
             return super().trace(root, concrete_args)
 

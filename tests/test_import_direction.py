@@ -13,6 +13,7 @@ PACKAGE = Path(__file__).parents[1] / "fxrep"
 ORDER = (
     "errors",
     "frozen",
+    "trees",
     "kernel",
     "evaluation",
     "equal",

@@ -22,6 +22,7 @@ from fxrep.readers import is_hooked
 from fxrep.readers.registry import meaning_of, registered
 from fxrep.report import Report
 from fxrep.trace import Traced, trace, untraceable
+from fxrep.trees import named_modules
 
 Begin = Callable[[str, Traced, Mapping[str, Any]], Pipeline]
 OPENABLE = (nn.ModuleList, nn.ModuleDict, nn.Sequential)
@@ -44,7 +45,7 @@ class Islands:
 
     def __init__(self, root: nn.Module, begin: Begin, writes: bool, inplace: bool = False) -> None:
         self.root, self.begin, self.writes, self.inplace = root, begin, writes, inplace
-        self.places = Counter(id(m) for _, m in root.named_modules(remove_duplicate=False))
+        self.places = Counter(id(m) for _, m in named_modules(root))
 
     def collapse(self, examples: Mapping[str, Any]) -> tuple[nn.Module, Report]:
         """The root collapsed, or with islands in it; the root itself where its forward must stay."""
