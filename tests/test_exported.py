@@ -89,11 +89,54 @@ def test_is_collapsed_and_equal_at_sizes_that_were_not_traced(name: str, decompo
     network = randomise(build().double()).eval()
     program = program_of(network, image(2, 4, 10, 8), decomposed, 0, 2, 3)
     collapsed = fxrep.reparameterize(program)
-    if not (decomposed and name == "linear"):  # around (N·L, C) aten multiplies matrices: views stand in the way
-        assert left(collapsed) <= most, collapsed.report
+    assert left(collapsed) <= most, collapsed.report
     again = loaded(collapsed).module()
     for size in ((2, 4, 10, 8), (5, 4, 6, 14)):
         assert relative_error(again(image(*size)), network(image(*size))) < 1e-12
+
+
+def shuffled(m: Any, x: Tensor) -> Tensor:
+    return m.after(torch.channel_shuffle(m.before(x), 2))
+
+
+def bordered(mode: str) -> Callable[[], nn.Module]:
+    return lambda: nn.Sequential(conv(1), conv(padding_mode=mode), bn())
+
+
+#: What decomposition takes apart into several ops.
+TAKEN_APART: dict[str, Callable[[], nn.Module]] = {
+    "reflection": bordered("reflect"), "replication": bordered("replicate"),
+    "uneven reflection": lambda: nn.Sequential(conv(1), nn.ReflectionPad2d((0, 2, 1, 0)), conv(padding=0), bn()),
+    "sum of a stack": lambda: Net(lambda m, x: torch.stack([m.a(x), m.b(x), x]).sum(0), a=conv(), b=conv(1)),
+    "mean of a stack": lambda: Net(lambda m, x: torch.stack([m.a(x), m.b(x)], 1).mean(1), a=conv(), b=conv(1)),
+    "shuffle": lambda: Net(shuffled, before=conv(1, out=8), after=conv(3, 8, padding=0)),
+    "channels by an index": lambda: Net(lambda m, x: m.bn(m.a(x)[:, m.order]), a=conv(), bn=bn(),
+                                        order=torch.tensor([3, 1, 0, 2])),
+    "linear layers": lambda: Net(lambda m, x: m.b(m.a(x)) @ m.c, a=linear(8, 6), b=linear(6, 5),
+                                 c=nn.Parameter(torch.randn(5, 3))),
+    "a scaled linear layer": lambda: Net(lambda m, x: m.gain * m.a(x) + x, a=linear(8, 8),
+                                         gain=nn.Parameter(torch.randn(8))),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", TAKEN_APART)
+def test_as_much_collapses_of_what_decomposition_takes_apart(name: str) -> None:
+    network, x = randomise(TAKEN_APART[name]().double()).eval(), image(2, 4, 10, 8)
+    collapsed = fxrep.reparameterize(program_of(network, x, decomposed=True))
+    assert left(collapsed) == left(fxrep.reparameterize(network, x))
+    assert sum(left(collapsed)) == 1
+    assert relative_error(collapsed.module()(x), network(x)) < 1e-12
+
+
+def test_an_index_that_is_no_border_stays() -> None:
+    order = torch.tensor([0, 2, 1, 3, 4, 5, 6, 7])
+    network, x = (
+        randomise(Net(lambda m, x: m.b(m.a(x)[..., order]), a=conv(1), b=conv()).double()).eval(),
+        image(2, 4, 10, 8),
+    )
+    collapsed = fxrep.reparameterize(program_of(network, x, decomposed=True))
+    assert left(collapsed) == (2, 0, 0)
+    assert relative_error(collapsed.module()(x), network(x)) < 1e-12
 
 
 def real(name: str) -> nn.Module:

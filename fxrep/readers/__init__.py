@@ -1,11 +1,11 @@
 """Readers: one small function per op, from an fx node to its affine form over its direct operands, or a refusal."""
 
-from fxrep.readers import arithmetic, borders, channels, convolution, normalization, opaque, pooling, views
+from fxrep.readers import arithmetic, borders, channels, convolution, indices, normalization, opaque, pooling, views
 from fxrep.readers.registry import Call, Facts, base_name, canonical, reader, registered, shape_rule
 from fxrep.readers.walk import NOTHING, Readings, Told, is_bypass, is_hooked, read_graph
 
 __all__ = [
     "NOTHING", "Call", "Facts", "Readings", "Told", "arithmetic", "base_name", "borders", "canonical", "channels",
-    "convolution", "is_bypass", "is_hooked", "normalization", "opaque", "pooling", "read_graph", "reader", "registered",
-    "shape_rule", "views",
+    "convolution", "indices", "is_bypass", "is_hooked", "normalization", "opaque", "pooling", "read_graph", "reader",
+    "registered", "shape_rule", "views",
 ]  # fmt: skip

@@ -15,7 +15,7 @@ from fxrep import kernel as K
 from fxrep.errors import Illegal
 from fxrep.form import AffineForm
 from fxrep.kernel import Kernel
-from fxrep.readers.registry import Call, reader
+from fxrep.readers.registry import Call, base_name, reader
 
 
 @reader(operator.add, torch.add, "add", operator.iadd, "add_")
@@ -112,12 +112,12 @@ def read_sum_of_stack(at: Call) -> AffineForm:
 def read_mean_of_stack(at: Call) -> AffineForm:
     """torch.stack([a, b, …], d).mean(d) is (a + b + …)/n."""
     x, dim, keepdim, dtype = at.bind("input dim keepdim dtype", dim=None, keepdim=False, dtype=None)
-    count = len(_stacked(x)[0])
+    count = len(_stacked(at, x)[0])
     return _of_stack(at, x, dim, keepdim, dtype, K.Constant((), 1.0 / count))
 
 
 def _of_stack(at: Call, x: Any, dim: Any, keepdim: Any, dtype: Any, gain: Kernel) -> AffineForm:
-    values, axis = _stacked(x)
+    values, axis = _stacked(at, x)
     reduced = tuple(dim) if isinstance(dim, (tuple, list)) else (dim,)
     if keepdim or dtype is not None or reduced != (axis,):
         raise Illegal("not-affine", "it reduces other axes than the stacked one")
@@ -128,12 +128,26 @@ def _of_stack(at: Call, x: Any, dim: Any, keepdim: Any, dtype: Any, gain: Kernel
     return total.scale(gain)
 
 
-def _stacked(x: Any) -> tuple[list[Node], int]:
-    """The values and the axis of `torch.stack(values, axis)`."""
+def _stacked(at: Call, x: Any) -> tuple[list[Node], int]:
+    """The values and the axis of `torch.stack(values, axis)`, which is also decomposed: see `_stacked_by_views`."""
+    if isinstance(x, Node) and base_name(x.target) == "view":
+        return _stacked_by_views(at, x)
     if not (isinstance(x, Node) and x.target in (torch.stack, torch.ops.aten.stack.default) and x.args):
         raise Illegal("not-affine", "it reduces over axes of one value")
     values, axis = x.args[0], x.kwargs.get("dim", x.args[1] if len(x.args) > 1 else 0)
     if not isinstance(values, (tuple, list)) or not isinstance(axis, int):
+        raise Illegal("not-affine", "it reduces over axes of one value")
+    return list(values), axis
+
+
+def _stacked_by_views(at: Call, x: Node) -> tuple[list[Node], int]:
+    """A concatenation along an axis of which a view makes two: so many values, and each one's own size."""
+    joined = x.args[0]
+    if not (isinstance(joined, Node) and base_name(joined.target) in ("cat", "concat", "concatenate")):
+        raise Illegal("not-affine", "it reduces over axes of one value")
+    values, axis = Call(joined, at.facts).bind("tensors dim", dim=0)
+    own, whole = at.shapes.full(at.shape(values[0])), at.shapes.full(at.shape(x))
+    if axis < 0 or whole.tail != (*own.tail[:axis], len(values), *own.tail[axis:]):
         raise Illegal("not-affine", "it reduces over axes of one value")
     return list(values), axis
 

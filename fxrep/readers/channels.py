@@ -79,7 +79,7 @@ def read_cat(at: Call) -> AffineForm:
 
 @reader(operator.getitem)
 def read_getitem(at: Call) -> AffineForm:
-    """x[:, a:b] takes channels; chunk(x, n)[i] and split(x, sizes)[i] do too."""
+    """x[:, a:b] and x[:, constants] take channels; chunk(x, n)[i] and split(x, sizes)[i] do too."""
     source, index = at.node.args
     if isinstance(source, Node) and canonical(source.target) in SPLITS:
         return _piece_of_split(at, source, index)
@@ -101,19 +101,24 @@ def read_narrow(at: Call) -> AffineForm:
         raise Illegal("shape-unknown", "the range is computed at run time")
     dims = -1 - at.from_end(x, axis)
     start %= at.channels(x, dims)
-    return _rows(at, x, dims, range(start, start + length))
+    return rows_of(at, x, dims, range(start, start + length))
 
 
 @reader(torch.index_select, "index_select")
 def read_index_select(at: Call) -> AffineForm:
     """A constant permutation or selection of channels."""
     x, axis, index = at.bind("input dim index")
+    return _picked(at, x, axis, index)
+
+
+def _picked(at: Call, x: Node, axis: int, index: Any) -> AffineForm:
+    """The entries of a channel axis at constant places."""
+    places: Any = getattr(at.constant(index), "tensor", None)
+    if places is None or places.ndim != 1 or places.is_floating_point() or places.dtype == torch.bool:
+        raise Illegal("shape-unknown", "the index is computed, or a mask")
     dims = -1 - at.from_end(x, axis)
-    leaf = at.constant(index)
-    tensor = getattr(leaf, "tensor", None)
-    if tensor is None or tensor.is_floating_point():
-        raise Illegal("shape-unknown", "the index is computed")
-    return _rows(at, x, dims, tensor.tolist())
+    channels = at.channels(x, dims)
+    return rows_of(at, x, dims, [place % channels for place in places.tolist()])
 
 
 @reader(nn.ChannelShuffle, torch.channel_shuffle)
@@ -123,7 +128,7 @@ def read_channel_shuffle(at: Call, module: Any = None) -> AffineForm:
     dims = at.rank(at.first) - 2
     channels = at.channels(at.first, dims)
     order = torch.arange(channels).view(groups, -1).t().flatten().tolist()
-    return _rows(at, at.first, dims, order)
+    return rows_of(at, at.first, dims, order)
 
 
 @reader(*RESHAPES, *FLATTENS, *LIKE_ANOTHER)
@@ -139,7 +144,7 @@ def read_view(at: Call, module: Any = None) -> AffineForm:
     if keeps_rows(at, source, axes):
         return replace(forms.value(source.name), dims=0)
     dims, order = channel_permutation(at, source, axes)
-    return _rows(at, source, dims, order)
+    return rows_of(at, source, dims, order)
 
 
 def _piece_of_split(at: Call, split: Node, index: Any) -> AffineForm:
@@ -151,7 +156,7 @@ def _piece_of_split(at: Call, split: Node, index: Any) -> AffineForm:
     bounds = _bounds(inner, at.channels(x, dims), sizes)
     if not isinstance(index, int) or not -len(bounds) <= index < len(bounds):
         raise Illegal("shape-unknown", "the piece is chosen at run time")
-    return _rows(at, x, dims, range(*bounds[index]))
+    return rows_of(at, x, dims, range(*bounds[index]))
 
 
 def _split(split: Call) -> list[Any]:
@@ -181,6 +186,11 @@ def _bounds(split: Call, channels: int, sizes: Any) -> list[tuple[int, int]]:
 def _slice(at: Call, x: Any, index: Any) -> AffineForm:
     if not at.is_value(x):
         raise Illegal("not-affine", "it picks from something that is not a tensor of the network")
+    entries = index if isinstance(index, tuple) else (index,)
+    order = [e for e in entries if isinstance(e, Node)]
+    if len(order) == 1:
+        axis, _ = only_slice(tuple(slice(0) if e is order[0] else e for e in entries))
+        return _picked(at, x, axis, order[0])
     return _cut(at, x, *only_slice(index))
 
 
@@ -203,10 +213,11 @@ def _cut(at: Call, x: Node, axis: int, cut: slice) -> AffineForm:
     if not all(b is None or isinstance(b, int) for b in (cut.start, cut.stop, cut.step)):
         raise Illegal("shape-unknown", "the range is computed at run time")
     dims = -1 - at.from_end(x, axis)
-    return _rows(at, x, dims, range(at.channels(x, dims))[cut])
+    return rows_of(at, x, dims, range(at.channels(x, dims))[cut])
 
 
-def _rows(at: Call, x: Node, dims: int, rows: Any) -> AffineForm:
+def rows_of(at: Call, x: Node, dims: int, rows: Any) -> AffineForm:
+    """The channels `rows`, which are before the last `dims` axes."""
     channels = at.channels(x, dims)
     rows = tuple(rows)
     at.out_shape = at.out_shape or _with_channels(at, x, dims, len(rows))

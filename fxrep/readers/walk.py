@@ -109,7 +109,9 @@ def _read_once(graph: Graph, modules: dict[str, nn.Module], known: Shapes, told:
                 found[node.name] = form
             elif isinstance(form, Refusal):
                 refusals[node.name] = form
-    return Readings(found, refusals, facts, _bypassed(graph, found), tuple(equal))
+    bypassed = _bypassed(graph, found)
+    forms = {name: form for name, form in found.items() if name not in bypassed}
+    return Readings(forms, refusals, facts, bypassed, tuple(equal))
 
 
 def _read_node(node: Node, facts: Facts, told: Shape | None) -> AffineForm | Refusal | None:
@@ -183,12 +185,15 @@ def is_bypass(node: Node, readings: Readings) -> bool:
 
 
 def _bypassed(graph: Graph, found: Mapping[str, AffineForm]) -> frozenset[str]:
-    """The ops that no form reads, all of whose users are forms or such ops; `seen` is what is read through each."""
+    """The ops that no form reads, all of whose users are forms or such ops; `seen` is what is read through each.
+
+    Their own form, if they have one, is of no use: whoever reads them looks through.
+    """
     seen: dict[str, frozenset[str]] = {}
     for node in reversed(graph.nodes):
-        if node.op not in ("call_function", "call_method") or not node.users or node.name in found:
+        if node.op not in ("call_function", "call_method") or not node.users:
             continue
-        read = [frozenset(found[u.name].sources) if u.name in found else seen.get(u.name) for u in node.users]
+        read = [seen.get(u.name) or (frozenset(found[u.name].sources) if u.name in found else None) for u in node.users]
         through = frozenset().union(*(r for r in read if r is not None))
         if None not in read and node.name not in through:
             seen[node.name] = through
