@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -26,16 +27,19 @@ class Traced:
     modules: dict[str, nn.Module] = field(default_factory=dict)
 
 
-def trace(root: nn.Module, examples: Mapping[str, Any] | None = None, *, trains: bool = False) -> Traced | Refusal:
+def trace(
+    root: nn.Module, examples: Mapping[str, Any] | None = None, *, trains: bool = False,
+    whole: Mapping[str, str] = MappingProxyType({}),
+) -> Traced | Refusal:  # fmt: skip
     """Traces `root`; a sub-module that cannot be traced becomes a leaf, and where the graph `trains`, one that turns
-    autograd off.
+    autograd off. `whole` names more of them, and why.
 
     A Refusal comes back where the outermost forward itself cannot be traced.
     """
     obstacle = _obstacle(root)
     if obstacle:
         return untraceable(type(root).__name__, obstacle)
-    kept: dict[str, str] = {}
+    kept = dict(whole)
     while True:
         kept_from_the_start = frozenset(kept)
         snapshot = Snapshot(root)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from training_cases import Fixed, Scale, Sum, scaled
 
 import fxrep
+from fxrep.cli import load
 from fxrep.errors import FxrepError
 
 # Hyper-search.
@@ -135,3 +136,29 @@ def test_gradients_go_where_the_forward_lets_them(kind: type[nn.Module], make: A
     for model, given in zip((net, made), inputs, strict=True):
         model(given).square().sum().backward()
     assert relative_error(inputs[1].grad, inputs[0].grad) < 1e-12
+
+
+# Networks of torchvision and timm.
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "rules"), [("torchvision:resnet18", 17), ("timm:mobilenetv2_050", 18)])
+def test_a_target_of_a_real_network(name: str, rules: int):
+    """timm's batch norms read their mode, and keep their forward; every searched layer is derived."""
+    torch.manual_seed(0)
+    net = load(name).double()
+    branches = fxrep.constant_scales(net, fxrep.scales_of(fxrep.hyper_search(net))).train()
+    target = fxrep.target(branches)
+    assert len(target.rules) == rules
+    options = {"lr": 1e-2, "momentum": 0.9, "nesterov": True, "weight_decay": 1e-3}
+    x, y = torch.randn(4, 3, 64, 64, dtype=torch.float64), torch.arange(4)
+    for model in (branches, target):
+        sgd = torch.optim.SGD(model.parameters(), **options)
+        optimizer = sgd if model is branches else fxrep.RepOptimizer(sgd, target)
+        for _ in range(2):
+            optimizer.zero_grad()
+            nn.functional.cross_entropy(model(x), y).backward()
+            optimizer.step()
+    expected = dict(fxrep.target(branches).named_parameters())
+    # Absolute: a shift before a batch norm has no gradient, and is nothing but rounding.
+    assert max(float((p - expected[n]).abs().max()) for n, p in target.named_parameters()) < 1e-11

@@ -196,6 +196,45 @@ def test_writing_into_what_a_dropout_gives():
     assert torch.allclose(target(x), expected, rtol=1e-12)
 
 
+class NormOfItsOwn(nn.Module):
+    """A batch norm whose forward is its own, and reads its mode."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(channels))
+        self.register_buffer("var", torch.ones(channels))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.batch_norm(x, self.mean, self.var, training=self.training).relu()
+
+
+def test_a_module_that_reads_its_mode_keeps_its_forward_and_the_rest_is_derived():
+    torch.manual_seed(0)
+    branches = network([Sum(4, scaled(4, 4, 3), scaled(4, 4, 1), norm=False), NormOfItsOwn(4), repvgg()])
+    target = fxrep.target(branches)
+    assert len(target.rules) == 2
+    assert any(r.node == "4" and "reads self.training" in r.reason for r in target.report.refusals)
+    train(branches, SGD(branches.parameters(), **NESTEROV), batches(20))
+    train(target, fxrep.RepOptimizer(SGD(target.parameters(), **NESTEROV), target), batches(20))
+    assert difference(branches, target) < EXACT
+
+
+class OneWayInTraining(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.block = Sum(4, scaled(4, 4, 3), scaled(4, 4, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.block(x) if self.training else x
+
+
+def test_an_outermost_forward_that_reads_its_mode_is_refused():
+    target = fxrep.target(OneWayInTraining())
+    assert not target.rules
+    (refusal,) = target.report.refusals
+    assert (refusal.code, "reads self.training" in refusal.reason) == ("not-traceable", True)
+
+
 # AdamW: equal where one branch falls on an entry; else up to eps.
 
 

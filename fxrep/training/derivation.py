@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from itertools import zip_longest
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.fx import GraphModule
+from torch.fx import GraphModule, Node
 
 from fxrep import kernel as K
 from fxrep.api import Examples, aim_of, bind_examples, check_model, finished
@@ -26,6 +27,7 @@ from fxrep.trace import Traced, trace, untraceable
 from fxrep.training.linear import Linear, names_of
 from fxrep.training.rules import Rule, derive
 
+READS_MODE = "its forward reads self.training, and a graph has one mode only"
 TRAINS = "a target is derived from a network as it trains, and this one"
 NORMS = "one batch norm after the sum (fxrep.hyper_search), or frozen ones: eval(), requires_grad_(False)"
 
@@ -99,18 +101,38 @@ def _told_of_kept(report: Report, traced: Traced) -> Report:
 
 
 def _trace_as_it_trains(model: nn.Module, examples: dict[str, Any]) -> Traced | Refusal:
-    """The graph with every module in the mode that it has; refused where a forward does something else in eval mode."""
-    root = structural_copy(model)
-    for new, old in zip(root.modules(), model.modules(), strict=True):
-        new.training = old.training
-    with torch.enable_grad():
-        traced, in_eval = (trace(net, examples, trains=True) for net in (root, structural_copy(model)))
-    if isinstance(traced, Refusal) or isinstance(in_eval, Refusal):
-        return traced if isinstance(traced, Refusal) else in_eval
-    if str(traced.graph) != str(in_eval.graph):
-        fact = "its forward reads self.training, and a graph has one mode only"
-        return Refusal(type(model).__name__, "not-traceable", fact, "use modules such as nn.Dropout, which know theirs")
-    return traced
+    """The graph with every module in the mode that it has. Modules whose forward does something else in eval mode keep
+    it; refused where the outermost one does."""
+    whole: dict[str, str] = {}
+    while True:
+        root, resting = structural_copy(model), structural_copy(model)
+        for new, old in zip(root.modules(), model.modules(), strict=True):
+            new.training = old.training
+        with torch.enable_grad():
+            traced, in_eval = (trace(net, examples, trains=True, whole=whole) for net in (root, resting))
+        if isinstance(traced, Refusal) or isinstance(in_eval, Refusal):
+            return traced if isinstance(traced, Refusal) else in_eval
+        pairs = zip_longest(traced.graph.nodes, in_eval.graph.nodes)
+        apart = next((pair for pair in pairs if _call(pair[0]) != _call(pair[1])), None)
+        if apart is None:
+            return traced
+        reader = next((name for name in _around(*apart) if name not in whole), "")
+        if not reader:
+            hint = "use modules such as nn.Dropout, which know theirs"
+            return Refusal(type(model).__name__, "not-traceable", READS_MODE, hint)
+        kind = type(root.get_submodule(reader))
+        whole |= {name: READS_MODE for name, m in root.named_modules() if type(m) is kind and m.training}
+        whole[reader] = READS_MODE
+
+
+def _call(node: Node | None) -> str:
+    return "" if node is None else f"{node.op} {node.target} {node.args} {node.kwargs}"
+
+
+def _around(*nodes: Node | None) -> list[str]:
+    """The modules around all the nodes, innermost first, the root not among them."""
+    paths = [[path for path, _ in node.meta.get("nn_module_stack", {}).values()] if node else [] for node in nodes]
+    return [path for path in reversed(paths[0]) if path and all(path in others for others in paths)]
 
 
 def by_present_values(pipeline: Pipeline) -> Iterator[Refusal]:
