@@ -105,7 +105,7 @@ def test_a_collapsed_repvgg_is_equalised_and_left_as_it_was():
     before = {name: t.clone() for name, t in collapsed.state_dict().items()}
     equalised = fxrep.equalize(collapsed, image())
     assert [link.layer for link in equalised.equalization.links] == [
-        "stem.reparam", "stages.0.0.reparam", "stages.0.1.reparam"
+        "stem.reparam", "stages.0.0.reparam", "stages.0.1.reparam", "stages.1.0.reparam"
     ]  # fmt: skip
     assert relative_error(equalised(image(1, 3, 31, 20)), collapsed(image(1, 3, 31, 20))) < 1e-13
     assert all(torch.equal(t, before[name]) for name, t in collapsed.state_dict().items())
@@ -121,6 +121,123 @@ def test_a_channel_of_zeros_keeps_its_scale():
     equalised = fxrep.equalize(model, image(2, 4, 9, 8))
     assert all(bool(p.isfinite().all()) for p in equalised.parameters())
     assert torch.equal(equalised.get_submodule("0").bias[[3, 5]], model.get_submodule("0").bias[[3, 5]])
+
+
+# What a scale goes through
+
+
+class Meets(nn.Module):
+    """Two branches of very unequal ranges, and what becomes of them until a layer reads it."""
+
+    def __init__(self, body: Callable[[Any, Tensor], Tensor], width: int, dims: int = 2) -> None:
+        super().__init__()
+        self.body, conv = body, (nn.Conv1d, nn.Conv2d, nn.Conv3d)[dims - 1]
+        self.a, self.b, self.c = conv(3, 8, 3, padding=1), conv(3, 8, 1), conv(8, 8, 3, padding=1)
+        self.up = nn.ConvTranspose2d(8, 8, 2, 2, groups=2)
+        self.fc, self.last = nn.Linear(width, 5), conv(8, 5, 1)
+        self.join, self.act, self.flat = conv(16, 5, 3), nn.PReLU(8, 0.3), nn.Flatten()
+        with torch.no_grad():
+            for layer in (self.a, self.b, self.c):
+                layer.weight.mul_(torch.logspace(-2, 2, 8)[torch.randperm(8)].reshape(8, *(1,) * (dims + 1)))
+                layer.bias.normal_()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.body(self, x)
+
+
+def residual(m: Any, x: Tensor) -> Tensor:
+    y = m.act(m.a(x) + m.b(x))
+    return m.last(torch.relu(y + m.c(y)))
+
+
+THROUGH: dict[str, tuple[Callable[[Any, Tensor], Tensor], int, list[str]]] = {
+    "flatten": (lambda m, x: m.fc(torch.flatten(m.a(x).relu(), 1)), 8 * 54, ["a"]),
+    "flatten by its method": (lambda m, x: m.fc(m.act(m.a(x)).flatten(1)), 8 * 54, ["a"]),
+    "relu after flatten": (lambda m, x: m.fc(torch.relu(m.flat(m.a(x)))), 8 * 54, ["a"]),
+    "view": (lambda m, x: m.fc(m.a(x).relu().view(x.size(0), -1)), 8 * 54, []),
+    "view of its own size": (lambda m, x: (lambda y: m.fc(y.view(y.size(0), -1)))(m.a(x).relu()), 8 * 54, ["a"]),
+    "mean": (lambda m, x: m.fc(m.a(x).relu().mean((2, 3))), 8, ["a"]),
+    "pool and flatten": (lambda m, x: m.fc(nn.functional.adaptive_avg_pool2d(m.a(x).relu(), 1).flatten(1)), 8, ["a"]),
+    "sum": (lambda m, x: m.last(torch.relu(m.a(x) - m.b(x))), 8, ["a", "b"]),
+    "residual": (residual, 8, ["a", "b", "c"]),
+    "concatenation": (lambda m, x: m.join(torch.cat([m.a(x).relu(), m.b(x)], 1)), 8, ["a", "b"]),
+    "into a transposed convolution": (lambda m, x: m.last(m.up(m.a(x).relu()).relu()), 8, ["a", "up"]),
+    "resized": (lambda m, x: m.last(nn.functional.interpolate(m.a(x).relu(), scale_factor=2)), 8, ["a"]),
+    "halved": (lambda m, x: m.last(m.a(x).relu() * 0.5), 8, ["a"]),
+}
+
+
+@pytest.mark.parametrize("kind", THROUGH)
+def test_a_scale_goes_through(kind: str):
+    torch.manual_seed(0)
+    body, width, layers = THROUGH[kind]
+    model, x = symbolic_trace(Meets(body, width).double().eval()), image(2, 3, 9, 6)
+    equalised = fxrep.equalize(model, x)
+    assert [link.layer for link in equalised.equalization.links] == layers
+    assert relative_error(equalised(x), model(x)) < 1e-13
+    for link in equalised.equalization.links:
+        assert link.layer == "up" or link.after > 1.2 * link.before
+        before, after = model.get_submodule(link.layer).weight, equalised.get_submodule(link.layer).weight
+        assert not torch.equal(before, after)
+
+
+def test_both_ranges_around_a_flatten_are_the_geometric_mean():
+    torch.manual_seed(0)
+    body, width, _ = THROUGH["flatten"]
+    model, x = symbolic_trace(Meets(body, width).double().eval()), image(2, 3, 9, 6)
+    equalised = fxrep.equalize(model, x)
+
+    def around(m: Any) -> tuple[Tensor, Tensor]:
+        entries = m.fc.weight.detach().abs().reshape(5, 8, 54)  # output, channel, pixel
+        return m.a.weight.detach().abs().flatten(1).amax(1), entries.amax((0, 2))
+
+    written, read = around(model)
+    for now in around(equalised):
+        assert relative_error(now, (written * read).sqrt()) < 1e-6
+
+
+def test_both_ranges_around_a_transposed_convolution_are_the_geometric_mean():
+    torch.manual_seed(0)
+    body, width, _ = THROUGH["into a transposed convolution"]
+    model, x = symbolic_trace(Meets(body, width).double().eval()), image(2, 3, 9, 6)
+    equalised = fxrep.equalize(model, x)
+
+    def read_and_written(m: Any) -> list[list[float]]:
+        weight = m.up.weight.detach().abs()  # (input, output of its group, …)
+        read = [float(weight[i].max()) for i in range(8)]
+        written = [float(weight[o // 4 * 4 : o // 4 * 4 + 4, o % 4].max()) for o in range(8)]
+        inner = [float(w.max()) for w in m.a.weight.detach().abs()]
+        outer = [float(m.last.weight.detach().abs()[:, o].max()) for o in range(8)]
+        return [inner, read, written, outer]
+
+    inner, read, written, outer = map(torch.tensor, read_and_written(equalised))
+    assert relative_error(inner, read) < 1e-2
+    assert relative_error(written, outer) < 1e-2
+    assert relative_error(equalised(x), model(x)) < 1e-13
+
+
+STOPS: dict[str, tuple[Callable[[Any, Tensor], Tensor], str]] = {
+    "a sum with the input": (lambda m, x: m.last(m.a(x) + x.sum(1, keepdim=True)), "add reads it"),
+    "a gate": (lambda m, x: m.last(m.a(x) * m.b(x).sigmoid()), "mul reads it"),
+    "a shift": (lambda m, x: m.last(m.a(x) + 1), "add reads it"),
+    "pieces": (lambda m, x: m.last(torch.cat(m.a(x).chunk(2, 1), 1)), "chunk reads it"),
+    "another order of axes": (lambda m, x: m.fc(m.a(x).transpose(1, 3)), "transpose reads it"),
+    "a mean of the channels": (lambda m, x: m.last(m.a(x).mean((1, 3), keepdim=True).expand(-1, 8, -1, 1)), "mean"),
+    "a flatten of the batch": (lambda m, x: m.fc(m.a(x).flatten(2).mean(2)), "flatten reads it"),
+    "a sum of which a part is looked at": (lambda m, x: (lambda y: m.last(y + m.b(x)) + y.mean())(m.a(x)), "mean"),
+}
+
+
+@pytest.mark.parametrize("kind", STOPS)
+def test_what_no_scale_goes_through_is_told(kind: str):
+    torch.manual_seed(0)
+    body, fact = STOPS[kind]
+    model, x = symbolic_trace(Meets(body, 8).double().eval()), image(2, 3, 9, 6)
+    equalised = fxrep.equalize(model, x)
+    assert not equalised.equalization.links
+    assert fact in equalised.equalization.left["a"]
+    assert f"a: left as it is, {equalised.equalization.left['a']}" in str(equalised.equalization)
+    assert relative_error(equalised(x), model(x)) == 0
 
 
 # What must stay, and that it must

@@ -165,6 +165,23 @@ def test_several_inputs_are_inferred():
     assert verdict.trials[0].inputs == "2x3x32x32, 2x5x32x32"
 
 
+def test_a_network_that_takes_one_memory_format_is_tried_in_that():
+    class Views(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.head = nn.Conv2d(3, 4, 3), nn.Linear(4 * 36, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.conv(x)
+            return self.head(y.view(y.size(0), -1))
+
+    model, x = Views(), torch.ones(2, 3, 8, 8)
+    verdict = verify(model, fxrep.reparameterize(model, x), x)
+    assert verdict
+    assert not verify(Views(), model, x)
+    assert {trial.memory_format for trial in verdict.trials} == {"contiguous"}
+
+
 def test_a_network_of_one_size_is_tried_at_that_size():
     model, collapsed = build(
         nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(4 * 62 * 62, 5))

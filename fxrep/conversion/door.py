@@ -209,9 +209,11 @@ def _collapsed_again(
     """The program collapsed in its turn: capturing it went through the forwards that could not be traced."""
     again = reparameterize(program, strict=strict)
     found: Report = again.report  # type: ignore[attr-defined]
+    hidden = {kind: found.before[kind] - n for kind, n in report.after.items()}  # ops that no module shows
     whole = replace(
         report, collapses=(*report.collapses, *found.collapses), refusals=found.refusals, after=found.after,
-        cost_after=found.cost_after,
+        before={kind: n + hidden[kind] for kind, n in report.before.items()}, cost_after=found.cost_after,
+        cost_before=report.cost_before + found.cost_before - report.cost_after,
     )  # fmt: skip
     return replace(payload, program=again), whole
 

@@ -87,8 +87,10 @@ class Sampler:
             side = sides[i % 4]
             # Halves, because some networks take nothing but multiples of a power of two.
             others: list[Resize] = [] if side is own_size else [side, partial(_halved, i % 2)]
-            tries = [*((s, batch) for s in (*others, own_size)), (side, None), (own_size, None)]
-            yield _first_that_runs([self.draw(side, b, last, i) for side, b in tries], attempt)
+            tries = [*((s, batch, last) for s in (*others, own_size)), (side, None, last), (own_size, None, last)]
+            if last:  # a view of what lies otherwise in memory fails
+                tries += [(side, batch, False), (own_size, batch, False), (own_size, None, False)]
+            yield _first_that_runs([self.draw(*each, i) for each in tries], attempt)
 
     def _smallest(self, attempt: Attempt) -> Resize:
         tries = (partial(_fixed, n) for n in SMALL_SIDES)
