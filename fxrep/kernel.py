@@ -13,6 +13,7 @@ from itertools import product
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from fxrep.frozen import arguments
 
@@ -39,6 +40,11 @@ class Kernel:
 
     def _compute(self, *values: Tensor) -> Tensor:
         raise NotImplementedError
+
+
+def is_plain(tensor: Tensor) -> bool:
+    """Whether a tensor's numbers are stored one by one: it is not sparse, quantised, sharded or of such a class."""
+    return tensor.layout is torch.strided and not tensor.is_quantized and not is_traceable_wrapper_subclass(tensor)
 
 
 @dataclass(frozen=True, eq=False)

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from fxrep.copying import HOOKS
 from fxrep.fold import Folded
@@ -85,6 +86,8 @@ def _kind(tensor: Tensor) -> tuple[object, ...]:
 
 def memory_of(tensor: Tensor) -> int:
     """What identifies the memory that a tensor occupies; two parameters may share one."""
+    if is_traceable_wrapper_subclass(tensor):  # whose own storage has no address
+        return id(tensor)
     return tensor.untyped_storage().data_ptr() or id(tensor)
 
 

@@ -11,6 +11,7 @@ import torch
 from blocks import image, net
 from helpers import relative_error
 from torch import Tensor, nn
+from torch.ao.quantization import quantize_fx
 from torch.fx import GraphModule
 
 import fxrep
@@ -127,6 +128,59 @@ def test_a_quantised_layer_stays_and_what_is_around_it_collapses():
     assert type(collapsed.get_submodule("3")) is type(model[3]) is not nn.Linear
     assert collapsed.report.after["bn"] == 0
     assert relative_error(collapsed(x), model(x)) < 0.02  # the input of an int8 layer may round to the next step
+
+
+def small() -> nn.Module:
+    """A float network, and what quantisers want of one."""
+    torch.manual_seed(0)
+    layers = (nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4), nn.Flatten())
+    return nn.Sequential(*layers, nn.Linear(16, 5)).eval()
+
+
+def statically(x: Tensor) -> nn.Module:
+    mapping = torch.ao.quantization.QConfigMapping().set_global(torch.ao.quantization.get_default_qconfig("x86"))
+    prepared = quantize_fx.prepare_fx(small(), mapping, (x,))
+    prepared(x)
+    return quantize_fx.convert_fx(prepared)
+
+
+def exported(x: Tensor) -> nn.Module:
+    quantizer = pytest.importorskip("torchao.quantization.pt2e.quantizer.x86_inductor_quantizer")
+    flow = pytest.importorskip("torchao.quantization.pt2e.quantize_pt2e")
+    config = quantizer.get_default_x86_inductor_quantization_config()
+    prepared = flow.prepare_pt2e(
+        torch.export.export(small(), (x,)).module(), quantizer.X86InductorQuantizer().set_global(config)
+    )
+    prepared(x)
+    return flow.convert_pt2e(prepared)
+
+
+@pytest.mark.parametrize("quantise", [statically, exported])
+def test_a_quantised_network_comes_back_as_it_is_and_cannot_be_verified(quantise: Callable[[Tensor], nn.Module]):
+    x = image(2, 3, 6, 6, dtype=torch.float32)
+    model = quantise(x)
+    collapsed = fxrep.reparameterize(model, x)
+    assert torch.equal(collapsed(x), model(x))
+    assert not collapsed.report.collapses
+    with pytest.raises(fxrep.FxrepError, match="the one that it was made from"):
+        fxrep.verify(model, collapsed, x)
+
+
+def test_a_quantised_program_comes_back_as_it_is():
+    x = image(2, 3, 6, 6, dtype=torch.float32)
+    program = torch.export.export(exported(x), (x,))
+    assert torch.equal(fxrep.reparameterize(program).module()(x), program.module()(x))
+
+
+@pytest.mark.parametrize("config", ["Int8WeightOnlyConfig", "Int8DynamicActivationInt8WeightConfig"])
+def test_layers_whose_weights_are_of_a_class_of_their_own_stay(config: str):
+    quantization = pytest.importorskip("torchao.quantization")
+    model, x = small(), image(2, 3, 6, 6, dtype=torch.float32)
+    quantization.quantize_(model, getattr(quantization, config)())
+    collapsed = fxrep.reparameterize(model, x)
+    assert collapsed.report.after == collapsed.report.before | {"bn": 0}
+    assert type(collapsed.get_submodule("6").weight) is type(model[6].weight) is not nn.Parameter
+    assert relative_error(collapsed(x), model(x)) < 0.02
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device here")

@@ -19,6 +19,7 @@ from fxrep.conversion.formats import Format, Payload, Runner, format_for, progra
 from fxrep.conversion.placing import cannot_be_stored, check_target, moved_when_done
 from fxrep.conversion.weights import load_weights
 from fxrep.errors import FxrepError, Unusable
+from fxrep.kernel import is_plain
 from fxrep.report import Report
 from fxrep.verification import Comparison, Trial, Verdict, verify
 from fxrep.verification.compare import Leaf, compare, judged
@@ -158,7 +159,8 @@ def _check_axes(dynamic: Sequence[int], examples: Examples) -> None:
 
 def _check_numbers(model: nn.Module) -> None:
     """Nothing can be compared where weights are no numbers, as after a training that diverged."""
-    strange = [name for name, p in model.named_parameters() if p.is_floating_point() and bool(p.isnan().any())]
+    plain = ((name, p) for name, p in model.named_parameters() if p.is_floating_point() and is_plain(p))
+    strange = [name for name, p in plain if bool(p.isnan().any())]
     if strange:
         more = f" and {len(strange) - 1} more" if len(strange) > 1 else ""
         raise Unusable(f"the weights {strange[0]}{more} hold nan, so nothing can be compared; take an older checkpoint")

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from fxrep import affine
@@ -33,8 +33,13 @@ def each(value: Any, dims: int) -> Ints:
 
 
 def real_weight(weight: Kernel) -> Kernel:
-    if any(leaf.tensor.is_complex() for leaf in K.leaves(weight)):
-        raise Illegal("unsupported-options", "the weights are complex")
+    """The weight, if its numbers are stored as such. Raises Illegal of complex, sparse, quantised and sharded ones."""
+    for leaf in K.leaves(weight):
+        if leaf.tensor.is_complex():
+            raise Illegal("unsupported-options", "the weights are complex")
+        if not K.is_plain(leaf.tensor):
+            kind = type(leaf.tensor).__name__ if type(leaf.tensor) is not Tensor else str(leaf.tensor.layout)
+            raise Illegal("unsupported-options", f"the weights are stored in a way of their own ({kind})")
     return weight
 
 
@@ -102,7 +107,7 @@ def read_transposed_conv(at: Call, conv: _ConvTransposeNd) -> AffineForm | Refus
     if len(at.node.args) + len(at.node.kwargs) > 1:
         return Refusal(at.node.name, "unsupported-options", "its output size is given at run time")
     return _transposed(
-        at, at.first, K.Leaf.of(conv.weight), None if conv.bias is None else K.Leaf.of(conv.bias),
+        at, at.first, real_weight(K.Leaf.of(conv.weight)), None if conv.bias is None else K.Leaf.of(conv.bias),
         conv.stride, conv.padding, conv.output_padding, conv.groups, conv.dilation,
     )  # fmt: skip
 
@@ -143,7 +148,7 @@ def _rows_first(weight: Kernel, groups: int) -> Kernel:
 def read_linear(at: Call, linear: Any) -> AffineForm:
     """y = x·Wᵀ + b on the last axis: the 0-dimensional convolution. Weight (O, I)."""
     bias = None if linear.bias is None else K.Leaf.of(linear.bias)
-    return _linear(at, at.first, K.Leaf.of(linear.weight), bias)
+    return _linear(at, at.first, real_weight(K.Leaf.of(linear.weight)), bias)
 
 
 @reader(F.linear)

@@ -209,7 +209,7 @@ def _note_constant(node: Node, facts: Facts) -> bool:
     """Notes parameters, and what is computed from parameters alone, as kernels."""
     if node.op == "get_attr":
         tensor = attribute_of(facts.modules[""], str(node.target))
-        if isinstance(tensor, Tensor):
+        if isinstance(tensor, Tensor) and K.is_plain(tensor):
             facts.constants[node.name] = K.Leaf.of(tensor)
             return True
         return False

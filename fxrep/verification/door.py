@@ -113,7 +113,10 @@ def _useless(outputs: list[Leaf]) -> str | None:
 def _compared(case: Case, own: nn.Module, new: nn.Module, truth: nn.Module) -> list[Comparison] | str:
     expected, rounded, got = run(truth, case.mapped(wide)), run(own, case), run(new, case)
     if isinstance(expected, str):
-        raise FxrepError(f"the original does not run in float64, which is the truth here ({case}): {expected}")
+        raise FxrepError(
+            f"the original does not run in float64, which is the truth here ({case}): {expected}; of a network made "
+            "for one dtype, as quantised ones are, verify or convert the one that it was made from"
+        )
     if isinstance(rounded, str):
         return f"the original does not run on {case}: {rounded}"
     return (

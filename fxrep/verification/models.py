@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import io
+from contextlib import redirect_stderr
+
 import torch
 from torch import Tensor, nn
 
@@ -51,7 +54,8 @@ def run(model: nn.Module, case: Case) -> list[Leaf] | str:
     """The outputs, or the error. Whatever random numbers the model draws, each run starts from the same state."""
     devices = sorted({t.device.index for t in (*model.parameters(), *case.tensors()) if t.is_cuda})
     try:
-        with torch.random.fork_rng(devices):
+        # A traced module that fails prints its code besides.
+        with torch.random.fork_rng(devices), redirect_stderr(io.StringIO()):
             return leaves(case.call(model))
     except Exception as error:  # a forward may raise anything
         return f"{type(error).__name__}: {' '.join(str(error).split())[:ERROR_WIDTH]}"
