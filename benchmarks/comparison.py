@@ -35,7 +35,11 @@ from fxrep.cli.models import load
 from fxrep.zoo.calls import Calls
 from fxrep.zoo.preparation import randomise
 
-NETWORKS = ("timm:repvgg_a0", "torchvision:resnet18", "timm:repghostnet_050", "timm:levit_128s", "timm:fastvit_t8")
+NETWORKS = (
+    "timm:repvgg_a0", "timm:mobileone_s0", "timm:fastvit_t8", "timm:repvit_m0_9", "timm:ghostnetv3_050",
+    "timm:levit_128s", "torchvision:resnet18", "torchvision:googlenet", "timm:inception_v3", "timm:densenet121",
+    "timm:convnext_atto", "torchvision:deeplabv3_mobilenet_v3_large",
+)  # fmt: skip
 MARKS = ("<!-- table: benchmarks/comparison.py -->", "<!-- end of the table -->")
 Counts = tuple[int, int, int]
 """Convolutions and linear layers, batch norms, additions of two tensors."""
@@ -126,7 +130,8 @@ TOOLS: Mapping[str, Callable[[nn.Module, Tensor], Counts]] = {
 def row(name: str) -> list[str]:
     net = load(name).eval()
     randomise(net)
-    x = torch.randn(1, 3, 299 if "inception" in name else 224, 299 if "inception" in name else 224)
+    side = 299 if "inception" in name else 224
+    x = torch.randn(1, 3, side, side)
     cells = []
     for tool, counted in TOOLS.items():
         print(f"{name}: {tool}", file=sys.stderr)

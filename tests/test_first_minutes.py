@@ -22,7 +22,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::Deprec
 class Experiment(nn.Module):
     """What a LightningModule is to a tracer: a network in a module that also keeps settings, a trainer and steps.
 
-    A stand-in: the package itself is no dependency of the tests.
+    Without the package; with it, another file tests the real ones.
     """
 
     def __init__(self) -> None:
