@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import copy
+import os
+import subprocess
+import sys
+from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +17,7 @@ from helpers import randomise, relative_error
 from reader_cases import Net, bn, conv
 from test_exported import Counts, image
 from torch import Tensor, nn
+from torch._inductor import cpp_builder
 from torch.fx import GraphModule
 
 import fxrep
@@ -98,29 +103,140 @@ def test_options_that_the_next_backend_does_not_take_are_refused() -> None:
         torch.compile(block(), backend=backend, options={**EAGER, "max_autotune": True})(image(2, 4, 6, 6))
 
 
-class Broken(nn.Module):
-    """Two graphs: a number is printed between them."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.first, self.second = block(), block()
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = self.first(x)
-        torch._dynamo.graph_break()
-        return self.second(y)
+# How many graphs a network falls into, before and after
 
 
-def breaks_of(network: nn.Module) -> int:
+def printing(m: Any, x: Tensor) -> Tensor:
+    y = m.first(x)
+    print(end="")
+    return m.second(y)
+
+
+def broken(m: Any, x: Tensor) -> Tensor:
+    y = m.first(x)
+    torch._dynamo.graph_break()
+    return m.second(y)
+
+
+def deciding(m: Any, x: Tensor) -> Tensor:
+    y = m.first(x)
+    return m.second(y) if y.sum() > 0 else m.second(-y)
+
+
+def measuring(m: Any, x: Tensor) -> Tensor:
+    y = m.first(x)
+    return m.second(y / y.abs().max().item())
+
+
+def listing(m: Any, x: Tensor) -> Tensor:
+    y = m.first(x)
+    return m.second(y) * (y.argmax().tolist() % 7)
+
+
+def counting(m: Any, x: Tensor) -> Tensor:
+    y = m.first(x)
+    return m.second(y) * (y > 0).nonzero().shape[0]
+
+
+def through_numpy(m: Any, x: Tensor) -> Tensor:
+    y = m.first(x)
+    return m.second(y) + float(y.detach().numpy().sum())
+
+
+def sized(m: Any, x: Tensor) -> Tensor:
+    y = m.first(x)
+    return m.second(y[..., :5] if y.shape[-1] > 5 else y)
+
+
+def looped(m: Any, x: Tensor) -> Tensor:
+    found = []
+    for layer in (m.first, m.second):
+        found.append(layer(x))
+    return torch.stack(found).sum(0)
+
+
+BREAKING = (printing, broken, deciding, measuring, listing, counting, through_numpy)
+WHOLE = (sized, looped)
+
+
+def graphs_of(network: nn.Module, x: Tensor) -> int:
+    """How many graphs are handed to a backend when it is called, as Dynamo's own explanation has it too."""
     torch._dynamo.reset()
+    captured: list[GraphModule] = []
+
+    def counting_backend(graph: GraphModule, _: Any) -> Any:
+        captured.append(graph)
+        return graph.forward
+
     with torch.no_grad():
-        return int(torch._dynamo.explain(network)(image(2, 4, 6, 6)).graph_break_count)
+        torch.compile(network, backend=counting_backend)(x)
+        torch._dynamo.reset()
+        assert torch._dynamo.explain(network)(x).graph_count == len(captured)
+    return len(captured)
 
 
-def test_a_collapsed_network_compiles_with_no_more_graph_breaks() -> None:
+@pytest.mark.parametrize("forward", [*BREAKING, *WHOLE])
+def test_a_collapsed_network_falls_into_no_more_graphs(forward: Any) -> None:
+    network, x = Net(forward, first=block(), second=block()).eval(), image(2, 4, 6, 6)
+    collapsed = fxrep.reparameterize(network)
+    before, after = graphs_of(network, x), graphs_of(collapsed, x)
+    assert before == (2 if forward in BREAKING else 1)
+    assert 1 <= after <= before
+    with torch.no_grad():
+        assert relative_error(torch.compile(collapsed, backend="eager")(x), network(x)) < 1e-12
+
+
+def test_most_of_them_collapse() -> None:
+    networks = (Net(f, first=block(), second=block()).eval() for f in (*BREAKING, *WHOLE))
+    left = [fxrep.reparameterize(n).report.after["bn"] for n in networks]
+    assert sum(not n for n in left) >= 6
+
+
+def test_a_collapsed_network_compiles_as_one_graph() -> None:
     network, x = block(), image(2, 4, 6, 6)
     whole = torch.compile(fxrep.reparameterize(network), backend="eager", fullgraph=True)
     assert relative_error(whole(x), network(x)) < 1e-12
-    broken = Broken().double().eval()
-    assert breaks_of(broken) == 1
-    assert breaks_of(fxrep.reparameterize(broken)) <= 1
+
+
+BY_NAME = """
+import torch
+from torch import nn
+from torch._inductor import metrics
+
+torch.manual_seed(0)
+net = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 4, 1)).eval()
+net[1].running_mean.normal_(), net[1].running_var.uniform_(0.5, 2)
+x = torch.randn(2, 3, 12, 10)
+with torch.no_grad():
+    compiled = torch.compile(net, backend="fxrep", fullgraph=True)
+    assert torch.allclose(compiled(x), net(x), atol=1e-5)
+    net[1].weight.mul_(2)
+    try:
+        compiled(x)
+    except Exception as error:
+        assert "changed after it was folded" in str(error), error
+    else:
+        raise AssertionError("a weight that was folded in changed unseen")
+print("kernels", metrics.generated_kernel_count)
+"""
+
+
+def compiles_cpp() -> bool:
+    try:
+        return bool(cpp_builder.get_cpp_compiler())
+    except Exception:  # torch has one of its own for it
+        return False
+
+
+def is_installed() -> bool:
+    return any(e.name == "fxrep" for e in entry_points(group="torch_dynamo_backends"))
+
+
+@pytest.mark.skipif(not is_installed(), reason="fxrep is not installed, and its entry points are not known")
+@pytest.mark.skipif(not compiles_cpp(), reason="there is no C++ compiler for Inductor")
+def test_by_name_through_inductor(tmp_path: Path) -> None:
+    environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(tmp_path)}
+    done = subprocess.run([sys.executable, "-c", BY_NAME], env=environment, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr
+    kernels = int(done.stdout.split()[-1])
+    assert kernels > 0
