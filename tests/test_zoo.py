@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
+import time
 from pathlib import Path
+from signal import Signals
 
 import pytest
 import torch
@@ -39,6 +44,26 @@ def swept(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, int]:
     sweep(out, "hangs", timeout="1")
     functions = ("branches", "linear", "crashes", "broken", "greedy")
     return out, sweep(out, *functions, jobs="2", markdown=str(out.with_suffix(".md")))
+
+
+@pytest.mark.parametrize("signal", [Signals.SIGTERM, Signals.SIGKILL])
+def test_what_is_examined_ends_with_a_sweep_that_is_killed(tmp_path: Path, signal: Signals):
+    heart = tmp_path / "heart"
+    command = [sys.executable, "-m", "fxrep", "zoo", name_of("beats"), "--out", str(tmp_path / "rows.jsonl")]
+    sweeping = subprocess.Popen(command, env={**os.environ, "HEARTBEAT": str(heart)}, stderr=subprocess.DEVNULL)
+    try:
+        assert any(heart.exists() or time.sleep(0.1) for _ in range(1200)), "it never began"
+        sweeping.send_signal(signal)
+        sweeping.wait(60)
+        assert any(_has_stopped(heart) for _ in range(60)), "it goes on without the sweep"
+    finally:
+        sweeping.kill()
+
+
+def _has_stopped(heart: Path) -> bool:
+    before = heart.read_text()
+    time.sleep(0.5)
+    return heart.read_text() == before
 
 
 def row(swept: tuple[Path, int], function: str) -> Row:

@@ -43,6 +43,13 @@ def hangs() -> nn.Module:
     raise AssertionError("it was not stopped")
 
 
+def beats() -> nn.Module:
+    """Writes the time, again and again, as long as it lives."""
+    while True:
+        Path(os.environ["HEARTBEAT"]).write_text(str(time.monotonic()))
+        time.sleep(0.02)
+
+
 def greedy() -> nn.Module:
     torch.empty(1 << 40, dtype=torch.float64).fill_(1)
     raise AssertionError("it got 8 TiB")

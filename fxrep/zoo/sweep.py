@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -125,13 +126,22 @@ def _stop(job: _Job) -> None:
 
 
 def _child(name: str, load: Load, limits: Limits, send: Connection) -> None:
-    """Examines one network; every end but a kill is a row."""
+    """Examines one network; every end but a kill is a row. It does not outlive the sweep."""
+    threading.Thread(target=_end_with_sweep, daemon=True).start()
     quiet = os.open(os.devnull, os.O_WRONLY)
     for stream in (1, 2):  # whatever a library prints is not of the table
         os.dup2(quiet, stream)
     sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115
     _limit_memory(limits.memory)
     send.send(_row(name, load, limits))
+
+
+def _end_with_sweep() -> None:
+    """A sweep that is killed cannot stop what it has started."""
+    sweep = multiprocessing.parent_process()
+    if sweep is not None:
+        sweep.join()
+        os._exit(1)
 
 
 def _row(name: str, load: Load, limits: Limits) -> Row:
