@@ -4,13 +4,15 @@
     python docs/run_blocks.py --bash 1 README.md       print the document's first bash block
 
 The python blocks of one document share a namespace, in order. Where a ```text block follows one directly, it must be
-what that block prints (`...` stands for anything).
+what that block prints (`...` stands for anything). A block after `<!-- needs: PACKAGE -->` is left out, aloud, where
+the package is not installed.
 """
 
 from __future__ import annotations
 
 import argparse
 import doctest
+import importlib.util
 import io
 import re
 import subprocess
@@ -20,7 +22,10 @@ from pathlib import Path
 from types import ModuleType
 from typing import NamedTuple
 
-FENCE = re.compile(r"^```(?P<kind>\S*)[^\n]*\n(?P<code>.*?)^```[ \t]*$(?P<then>\s*)", re.MULTILINE | re.DOTALL)
+FENCE = re.compile(
+    r"^(?:<!-- needs: (?P<needs>\w+) -->\n+)?```(?P<kind>\S*)[^\n]*\n(?P<code>.*?)^```[ \t]*$(?P<then>\s*)",
+    re.MULTILINE | re.DOTALL,
+)
 
 
 class Block(NamedTuple):
@@ -30,13 +35,15 @@ class Block(NamedTuple):
     """Number of the line before the first one of the code."""
     prints: str | None
     """The text block that follows directly."""
+    needs: str | None
+    """A package without which it cannot run."""
 
 
 def blocks(text: str, kind: str) -> list[Block]:
     fences = list(FENCE.finditer(text))
     after = {fence.start(): fence["code"] for fence in fences if fence["kind"] == "text"}
     return [
-        Block(kind, fence["code"], text.count("\n", 0, fence.start("code")), after.get(fence.end()))
+        Block(kind, fence["code"], text.count("\n", 0, fence.start("code")), after.get(fence.end()), fence["needs"])
         for fence in fences
         if fence["kind"] == kind
     ]
@@ -45,6 +52,9 @@ def blocks(text: str, kind: str) -> list[Block]:
 def run_document(path: Path) -> None:
     main = sys.modules["__main__"] = ModuleType("__main__")
     for block in blocks(path.read_text(encoding="utf-8"), "python"):
+        if block.needs and importlib.util.find_spec(block.needs) is None:
+            print(f"  {path}:{block.line + 1} NOT RUN: {block.needs} is not installed", flush=True)
+            continue
         print(f"  {path}:{block.line + 1}", flush=True)
         # The blank lines make line numbers, in tracebacks and for inspect, those of the document.
         code = compile("\n" * block.line + block.code, str(path), "exec")
