@@ -57,8 +57,26 @@ class Folded:
     proof: tuple[Tensor | None, Tensor | None] = (None, None)
 
 
-def fold(emit: Emit, doubles: Doubles, default: Like | None = None) -> Folded:
+#: Gives the memory, in the layout of a kernel, into which the weight of an emit is folded.
+Into = Callable[[Emit, Like], Tensor]
+
+
+def anew(emit: Emit, like: Like) -> Tensor:
+    assert emit.operator is not None
+    return torch.empty(emit.operator.weight.shape, dtype=like.dtype, device=like.device)
+
+
+def nowhere(emit: Emit, like: Like) -> Tensor:
+    """For a fold that is proved, and forgotten."""
+    assert emit.operator is not None
+    return torch.empty(emit.operator.weight.shape, dtype=like.dtype, device="meta")
+
+
+def fold(emit: Emit, doubles: Doubles, default: Like | None = None, into: Into = anew) -> Folded:
     """Evaluates the emit's kernels; `default` is what weights without any parameter in them should be like.
+
+    A block of rows is written `into` a weight's memory once what it is computed from was read: the same rows of large
+    tensors of its shape, and all of every other. The bias is computed before.
 
     Raises Illegal where the parameters live on several devices, or where there are none and no default.
     """
@@ -70,18 +88,19 @@ def fold(emit: Emit, doubles: Doubles, default: Like | None = None) -> Folded:
         if emit.operator is None:
             w, b = (None if k is None else evaluate(k, doubles).to(like.device) for k in emit.kernels)
             return Folded(emit, _cast(w, like), _cast(b, like), fill, like, (w, b))
-        return _folded_operator(emit, emit.operator, doubles, fill, like)
+        return _folded_operator(emit, emit.operator, doubles, fill, like, into(emit, like))
 
 
-def _folded_operator(emit: Emit, operator: AffineConv, doubles: Doubles, fill: float, like: Like) -> Folded:
+def _folded_operator(
+    emit: Emit, operator: AffineConv, doubles: Doubles, fill: float, like: Like, weight: Tensor
+) -> Folded:
     channels, groups = operator.out_channels, operator.groups
-    weight = torch.empty(operator.weight.shape, dtype=like.dtype, device=like.device)
+    bias = None if operator.bias is None else evaluate(operator.bias, doubles).to(like.device)
     sketch = torch.zeros((groups, *operator.weight.shape[1:]), dtype=torch.float64, device=like.device)
     for start, block in blocks(operator.weight, doubles):
         block = block.to(like.device)
         weight[start : start + len(block)] = block
         rows_sketched(block, start, channels, sketch)
-    bias = None if operator.bias is None else evaluate(operator.bias, doubles).to(like.device)
     summed = None if bias is None else sketched(bias, groups, -1, channels)
     if operator.transposed:
         weight, sketch = (columns_first(w, groups) for w in (weight, sketch))

@@ -13,8 +13,10 @@ from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from fxrep import kernel as K
 from fxrep.copying import HOOKS
-from fxrep.fold import Folded
+from fxrep.fold import Folded, Into, Like, anew, nowhere
+from fxrep.lower import Emit
 from fxrep.plan import Decision, Plan
 from fxrep.readers.walk import attribute_of
 from fxrep.refolding import refold
@@ -39,15 +41,35 @@ class Ledger:
         """Whether more than one decision reads the tensor's memory, or something that goes on being computed."""
         return self.uses[memory_of(tensor)] > 1 or memory_of(tensor) in self.kept
 
+    def memory_for(self, decision: Decision) -> Into:
+        """Where the weights of a decision go: each into the tensor of its kind that it is computed from, if nothing
+        else reads that any more, so that there is never a second copy of a large weight."""
+        free = self._free(decision, uses=1)
+        read = {id(e): [leaf.tensor for leaf in K.leaves(*e.kernels)] for e in decision.recipe.emits}
+
+        def into(emit: Emit, like: Like) -> Tensor:
+            others = [t for key, found in read.items() if key != id(emit) for t in found]
+            alone = [t for t in free if _only_reader(t, read[id(emit)], others)]
+            held = next((t.detach() for t in alone if _can_hold(t, emit, like)), None)
+            return anew(emit, like) if held is None else held
+
+        return into
+
     def settle(self, decision: Decision, folded: Iterable[Folded]) -> list[Folded]:
         """The decision is done: puts its numbers into tensors that it frees, where they fit, and lets the others go."""
-        region = self.regions[decision.node]
-        self.uses.subtract({memory_of(t) for t in region})
-        free = [t for t in region if not self.uses[memory_of(t)] and memory_of(t) not in self.kept]
-        result = [_into(f, free) for f in folded]
+        self.uses.subtract({memory_of(t) for t in self.regions[decision.node]})
+        free = self._free(decision, uses=0)
+        settled = {memory_of(t) for t in free} & {memory_of(f.weight) for f in folded if f.weight is not None}
+        free = [t for t in free if memory_of(t) not in settled]
+        result = [f if f.weight is not None and memory_of(f.weight) in settled else _into(f, free) for f in folded]
         for tensor in free:
             tensor.data = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
         return result
+
+    def _free(self, decision: Decision, uses: int) -> list[Tensor]:
+        """The tensors of a decision that so many decisions read still, and nobody else."""
+        region = self.regions[decision.node]
+        return [t for t in region if self.uses[memory_of(t)] == uses and memory_of(t) not in self.kept]
 
     def tensors(self, names: Iterable[str]) -> list[Tensor]:
         """What nodes of the old graph read, of parameters and buffers."""
@@ -68,6 +90,24 @@ class Ledger:
             todo += [n for n in current.all_input_nodes if n.name in self.constants]
             if current.op == "get_attr" and isinstance(t := attribute_of(self.root, str(current.target)), Tensor):
                 yield t
+
+
+def _only_reader(tensor: Tensor, own: Iterable[Tensor], others: Iterable[Tensor]) -> bool:
+    """Whether of all that occupies its memory the tensor itself is read, by `own` alone."""
+    memory = memory_of(tensor)
+    readings = {id(t) for t in own if memory_of(t) == memory}
+    return readings == {id(tensor)} and all(memory_of(t) != memory for t in others)
+
+
+def _can_hold(tensor: Tensor, emit: Emit, like: Like) -> bool:
+    """Whether a tensor, while it is read, can take the weight that is folded from it. In float64 it is read as it is
+    stored, not by copies, and might be read again once it is written."""
+    if emit.operator is None or emit.operator.transposed or like.dtype == torch.float64:
+        return False
+    new = nowhere(emit, like)
+    if like.channels_last and new.ndim == 4:
+        new = new.contiguous(memory_format=torch.channels_last)
+    return _kind(tensor) == (new.shape, like.dtype, like.device, new.stride())
 
 
 def _into(folded: Folded, free: list[Tensor]) -> Folded:

@@ -17,7 +17,7 @@ from fxrep.cost import Aim
 from fxrep.drawing import MOST_PICTURES, parameter_names, pictures, scene
 from fxrep.errors import UNTOLD, FxrepError, Illegal, Refusal
 from fxrep.evaluation import Doubles
-from fxrep.fold import Folded, fold, like_of
+from fxrep.fold import Folded, Into, anew, fold, like_of, nowhere
 from fxrep.mutation import Writes, drop_identities, functionalize
 from fxrep.naming import label_of, layer_names
 from fxrep.ownership import Ledger, memory_of
@@ -91,8 +91,10 @@ class Pipeline:
         parameters = parameter_names(self.traced.root)
         for decision in self.plan.decisions.values():
             shown |= pictures(decision, parameters) if len(shown) < MOST_PICTURES else {}
-            own = numbers.get(decision.node) or self.region(decision, {}, Doubles()).numbers
-            own = ledger.settle(decision, own) if ledger else own
+            own = numbers.get(decision.node, [])
+            if ledger:
+                region = self.region(decision, {}, Doubles(), ledger.memory_for(decision))
+                own = ledger.settle(decision, region.numbers)
             folded |= {id(f.emit): f for f in own}
         rewriter = writer(self.graph, self.plan, self.readings, self.modules, folded)
         collapsed = rewriter.write(self.name)
@@ -109,7 +111,7 @@ class Pipeline:
             for decision in self.plan.decisions.values():
                 if any(s not in self.nodes and s not in terms for s in decision.recipe.form.sources):
                     continue  # a term of it is refused already
-                found = self._certified_region(decision, terms)
+                found = self._certified_region(decision, terms, anew if keep else nowhere)
                 if isinstance(found, Refusal):
                     refused.append(found)
                     continue
@@ -124,18 +126,18 @@ class Pipeline:
     def ledger(self) -> Ledger:
         return Ledger(self.traced.root, self.nodes, self.modules, self.plan, self.readings.facts.constants)
 
-    def region(self, decision: Decision, terms: Mapping[str, Region], doubles: Doubles) -> Region:
+    def region(self, decision: Decision, terms: Mapping[str, Region], doubles: Doubles, into: Into = anew) -> Region:
         """The decision folded, on leaves of those values. Raises Illegal where that cannot be."""
-        return Region(decision, {id(e): fold(e, doubles, self.like) for e in decision.recipe.emits}, terms)
+        return Region(decision, {id(e): fold(e, doubles, self.like, into) for e in decision.recipe.emits}, terms)
 
     def certify(self, region: Region, doubles: Doubles) -> Refusal | None:
         return certify(region, self.nodes, self.readings, doubles)
 
-    def _certified_region(self, decision: Decision, terms: Mapping[str, Region]) -> Region | Refusal:
+    def _certified_region(self, decision: Decision, terms: Mapping[str, Region], into: Into) -> Region | Refusal:
         """The decision's numbers in float64, certified."""
         doubles = Doubles()
         try:
-            region = self.region(decision, terms, doubles)
+            region = self.region(decision, terms, doubles, into)
         except Illegal as illegal:
             return Refusal(decision.at, illegal.code, illegal.reason, illegal.hint)
         return self.certify(region, doubles) or region
