@@ -19,13 +19,14 @@ from fxrep.evaluation import Doubles, evaluate
 from fxrep.kernel import Kernel
 
 BLOCK = 1 << 16  # entries: half a megabyte in float64, which a core's own cache holds twice
+SMALL = BLOCK >> 4  # entries that are evaluated at once
 DEEPEST = 200  # nodes of a kernel that is read by recursion
 
 
 def blocks(kernel: Kernel, doubles: Doubles) -> Iterator[tuple[int, Tensor]]:
     """(start, W[start:stop]) in float64, in order, no block much larger than `BLOCK`."""
     order = K.topological((kernel,))
-    if prod(kernel.shape) <= BLOCK or len(order) > DEEPEST:
+    if prod(kernel.shape) <= SMALL or len(order) > DEEPEST:
         yield 0, evaluate(kernel, doubles)
         return
     reader = _Reader(doubles, next((n.tensor.device for n in order if isinstance(n, K.Leaf)), torch.device("cpu")))
@@ -42,7 +43,7 @@ class _Reader:
 
     def rows(self, node: Kernel, start: int, stop: int) -> Tensor:
         rule = _RULES.get(type(node))
-        found = rule(self, node, start, stop) if rule and prod(node.shape) > BLOCK // 16 else None
+        found = rule(self, node, start, stop) if rule and prod(node.shape) > SMALL else None
         return self.whole(node)[start:stop] if found is None else found
 
     def own(self, node: Kernel, start: int, stop: int) -> Tensor:
@@ -101,6 +102,18 @@ def _scale_columns(at: _Reader, node: K.ScaleColumns, start: int, stop: int) -> 
 @_local(K.Place)
 def _place(at: _Reader, node: K.Place, start: int, stop: int) -> Tensor:
     return _cut(node, start, stop)._compute(at.rows(node.weight, start, stop))
+
+
+@_local(K.Regroup)
+def _regroup(at: _Reader, node: K.Regroup, start: int, stop: int) -> Tensor:
+    rows = at.rows(node.weight, start, stop)
+    width = rows.shape[1]
+    group = torch.arange(start, stop, device=rows.device) // (node.shape[0] // node.groups_from)
+    columns = group % (node.groups_from // node.groups_to) * width
+    index = columns.unsqueeze(1) + torch.arange(width, device=rows.device)
+    wide = rows.new_zeros(stop - start, *node.shape[1:])
+    wide[torch.arange(stop - start, device=rows.device).unsqueeze(1), index] = rows
+    return wide
 
 
 @_local(K.Sum)

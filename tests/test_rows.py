@@ -30,6 +30,9 @@ KERNELS = {
     "scaled columns": K.ScaleColumns(W3.shape, W3, leaf(N), 1),
     "scaled columns in groups": K.ScaleColumns((M, N, 3, 3), W3, leaf(4 * N), 4),
     "sum of three": K.Sum(W3.shape, (W3, PLACED, K.Place((M, N, 3, 3), K.Dirac((M, N, 1, 1)), (1, 1), (1, 1)))),
+    "sum of the same twice": K.Sum(W3.shape, (W3, W3)),
+    "sum with a number": K.Sum(W3.shape, (leaf(), W3)),
+    "sum with what is read whole": K.Sum(W3.shape, (K.take(W3, tuple(range(M - 1, -1, -1))), W3)),
     "sum of one": K.Sum(W3.shape, (W3,)),
     "composed": K.Compose((M, N, 3, 3), leaf(M, 30, 1, 1), leaf(30, N, 3, 3), 1, (1, 1), (1, 1)),
     "composed in groups": K.Compose((M, N, 3, 3), leaf(M, 10, 1, 1), leaf(20, N, 3, 3), 2, (1, 1), (1, 1)),
@@ -40,6 +43,7 @@ KERNELS = {
     "mapped": K.Map(W3.shape, torch.tanh, (W3,)),
     "dirac": K.Dirac((600, 600, 1, 1)),
     "regrouped": K.Regroup((M, 4 * 50, 3, 3), leaf(M, 50, 3, 3), 4, 1),
+    "regrouped to groups": K.Regroup((M, 2 * 200, 3, 3), leaf(M, 200, 3, 3), 4, 2),
     "constant": K.Constant((M, N, 3, 3), 2.5),
 }  # fmt: skip
 
