@@ -180,6 +180,73 @@ def test_branches_pay_for_no_merge_of_what_they_become():
     assert relative_error(collapsed(x), expanded.eval()(x)) < 1e-10
 
 
+# Any network: convolutions on their own, and those inside of what cannot be traced.
+
+
+class DecidesByValues(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Sequential(nn.Conv2d(4, 4, 3, padding=1, bias=False), nn.BatchNorm2d(4), nn.ReLU())
+        self.head, self.reached = nn.Conv2d(4, 4, 3, padding=1), nn.Conv2d(4, 4, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.body(x)
+        return self.head(x) if x.sum() > 0 else x * self.reached.weight.sum()
+
+
+def test_inside_of_what_cannot_be_traced_what_is_only_called_is_expanded():
+    net, x = randomise(DecidesByValues()).double(), torch.randn(2, 4, 7, 6, dtype=torch.float64)
+    expanded = fxrep.expand(net, preserve=True)
+    assert expanded.expansion.expanded == ("body.0", "head")
+    (refusal,) = expanded.expansion.refusals
+    assert (refusal.node, refusal.code) == ("reached", "not-traceable")
+    for training in (False, True):
+        assert relative_error(expanded.train(training)(x), net.train(training)(x)) < 1e-12
+    assert isinstance(expanded.body[1], nn.Identity)  # its norm is in the branch
+
+
+def test_a_convolution_on_its_own():
+    conv, x = nn.Conv2d(4, 4, 3, padding=1).double(), torch.randn(2, 4, 7, 6, dtype=torch.float64)
+    expanded = fxrep.expand(conv, preserve=True)
+    assert str(expanded.expansion) == "expanded: the model itself"
+    assert relative_error(expanded(x), conv(x)) < 1e-12
+
+
+class ReadsTheWeight(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(4, 4, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(x) + self.conv.weight.sum()
+
+
+def test_a_weight_that_is_read_elsewhere_stays():
+    net, x = ReadsTheWeight(), torch.randn(2, 4, 7, 6)
+    expanded = fxrep.expand(net)
+    assert [r.code for r in expanded.expansion.refusals] == ["tied-parameters"]
+    assert torch.equal(expanded(x), net(x))
+
+
+# Initialised as published.
+
+
+def test_blocks_begin_as_published():
+    torch.manual_seed(0)
+    conv = nn.Conv2d(4, 4, 3, padding=1)
+    dbb, ecbsr = (fxrep.expand(conv, block) for block in ("dbb", "ecbsr"))
+    assert torch.equal(dbb["sequence"][0].weight[:, :, 0, 0], torch.eye(4))
+    assert torch.equal(dbb["average"][2].weight, torch.full((4, 1, 3, 3), 1 / 9))
+    kernels = [ecbsr[name][3].weight[0, 0].tolist() for name in ("sobel0", "sobel1", "laplace")]
+    assert kernels == [
+        [[1, 2, 1], [0, 0, 0], [-1, -2, -1]], [[1, 0, -1], [2, 0, -2], [1, 0, -1]], [[0, 1, 0], [1, -4, 1], [0, 1, 0]],
+    ]  # fmt: skip
+    wide = fxrep.expand(nn.Conv2d(512, 512, 3, padding=1), "ecbsr")
+    assert wide["laplace"][4].weight.std().item() == pytest.approx(1e-3, rel=0.15)
+    copies = [name for name in fxrep.expand(conv, "mobileone") if name.startswith("copy")]
+    assert len(copies) == 3  # beside the convolution: four in all
+
+
 def test_where_and_a_block_of_ones_own():
     net = nn.Sequential(nn.Conv2d(4, 4, 3, padding=1), nn.ReLU(), nn.Conv2d(4, 4, 3, padding=1)).double()
 

@@ -11,7 +11,7 @@ import torch
 from helpers import relative_error
 from torch import Tensor, nn
 from torch.optim import SGD, AdamW
-from training_cases import BLOCKS, Scale, Sum, batches, built, network, repvgg, scaled, train
+from training_cases import BLOCKS, Scale, Sum, batches, built, masked, network, repghost, repvgg, scaled, train
 
 import fxrep
 from fxrep.errors import FxrepError
@@ -50,6 +50,21 @@ def test_multiplier_of_three_branches():
         expected[c, c, 1, 1] = 1 + s[c] ** 2 + t[c] ** 2
     (got,) = multipliers(block).values()
     assert torch.allclose(got, expected, rtol=1e-15, atol=0)
+
+
+def test_multiplier_of_a_depthwise_kernel_and_the_identity():
+    block = repghost().train().double()
+    expected = (block.branches[0][1].weight.detach() ** 2).reshape(4, 1, 1, 1).expand(4, 1, 3, 3).clone()
+    expected[:, 0, 1, 1] += 1
+    (got,) = multipliers(block).values()
+    assert torch.allclose(got, expected, rtol=1e-15, atol=0)
+
+
+def test_multiplier_of_a_masked_kernel():
+    block = masked().train().double()
+    s, t = (branch[1].weight.detach()[..., None] for branch in block.branches)
+    (got,) = multipliers(block).values()
+    assert torch.allclose(got, (s**2 + t**2 * block.branches[1][0].mask).expand_as(got), rtol=1e-15, atol=0)
 
 
 def test_multiplier_of_two_branches_of_one_size():

@@ -90,6 +90,27 @@ def edges(channels: int = 4) -> Sum:
     return Sum(channels, scaled(channels, channels, 3), *(nn.Sequential(c, Fixed(channels)) for c in before))
 
 
+def repghost(channels: int = 4) -> Sum:
+    """Depthwise beside the identity."""
+    return Sum(channels, scaled(channels, channels, 3, groups=channels), Scale(channels, trains=True))
+
+
+class Masked(nn.Module):
+    """A kernel of which a constant mask lets through its middle row and column."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(channels, channels, 3, 3) * 0.2)
+        self.register_buffer("mask", torch.tensor([[0.0, 1.0, 0.0], [1.0, 1.0, 1.0], [0.0, 1.0, 0.0]]))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.conv2d(x, self.weight * self.mask, padding=1)
+
+
+def masked(channels: int = 4) -> Sum:
+    return Sum(channels, scaled(channels, channels, 3), nn.Sequential(Masked(channels), Scale(channels)))
+
+
 BLOCKS: dict[str, Callable[[], list[nn.Module]]] = {
     "repvgg": lambda: [repvgg(), repvgg()],
     "acnet": lambda: [acnet()],
@@ -100,6 +121,8 @@ BLOCKS: dict[str, Callable[[], list[nn.Module]]] = {
     "dilated": lambda: [dilated()],
     "residual": lambda: [residual()],
     "edges": lambda: [edges()],
+    "repghost": lambda: [repghost()],
+    "masked": lambda: [masked()],
 }
 
 

@@ -150,6 +150,11 @@ def _places(path: str, module: nn.Module, calls: Calls) -> Iterator[Place]:
         yield from (p for p in level if p.calls)
 
 
+def only_called(path: str, module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """The sub-modules, with their paths, that a forward which is not traced provably does nothing with but call."""
+    return ((place.path, place.module) for place in _places(path, module, calls_of(module)))
+
+
 def _opened(place: Place, calls: tuple[Arguments, ...]) -> Iterator[Place]:
     """The entries of a container; those of a Sequential that is called are called by it."""
     container = place.module

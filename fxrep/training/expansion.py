@@ -29,7 +29,8 @@ class Expansion:
     refusals: tuple[Refusal, ...]
 
     def __str__(self) -> str:
-        return "\n".join([f"expanded: {', '.join(self.expanded) or 'nothing'}", *map(str, self.refusals)])
+        named = ", ".join(name or "the model itself" for name in self.expanded)
+        return "\n".join([f"expanded: {named or 'nothing'}", *map(str, self.refusals)])
 
 
 def expand(
@@ -41,7 +42,8 @@ def expand(
     convolution whose layer has none there stays alone, for the blocks named below all have shifts.
 
     Args:
-        model: any network that can be traced; it is not touched.
+        model: any network; it is not touched. In a forward that cannot be traced, what it provably only calls is
+            expanded.
         block: one of `repvgg`, `acnet`, `dbb`, `mobileone`, `ecbsr`, `dilated`; or a function from a convolution to the
             branches beside it by name (None: it stays alone), each from its input to a map of its output's shape;
             with shifts where the convolution has none, the deployed layer gains a bias.

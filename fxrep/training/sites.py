@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 from torch import nn
@@ -17,6 +18,7 @@ from fxrep.api import aim_of
 from fxrep.copying import structural_copy
 from fxrep.errors import Illegal, Refusal
 from fxrep.fold import CONV_LAYERS
+from fxrep.islands import only_called
 from fxrep.pipeline import Pipeline
 from fxrep.readers import is_hooked, read_graph
 from fxrep.readers.convolution import CONVS, TRANSPOSED, pads_of
@@ -116,38 +118,84 @@ class Site:
         return batch_norm(self.conv.out_channels if channels is None else channels, self.dims, self.conv.weight)
 
 
+@dataclass(frozen=True, eq=False)
+class _Part:
+    """A piece of the model whose forward is traced; `paths` lead to its modules from the model."""
+
+    root: nn.Module
+    traced: Traced
+    paths: Mapping[str, str]
+
+    @cached_property
+    def calls(self) -> dict[str, list[Node]]:
+        """By module: the nodes that call it."""
+        found: dict[str, list[Node]] = {}
+        for node in self.traced.graph.find_nodes(op="call_module"):
+            found.setdefault(str(node.target), []).append(node)
+        return found
+
+    @cached_property
+    def read(self) -> set[str]:
+        """The modules of which a tensor is read otherwise than by calling them."""
+        return {str(n.target).rpartition(".")[0] for n in self.traced.graph.find_nodes(op="get_attr")}
+
+
 def find_sites(model: nn.Module) -> tuple[list[Site], list[Refusal]]:
     """The convolutions that can be replaced, in the order in which they run, and why the others cannot."""
-    names = [n for n, m in model.named_modules() if isinstance(m, (*CONVS, *TRANSPOSED))]
-    root = structural_copy(model)
-    traced = trace(root)
-    if isinstance(traced, Refusal):
-        return [], [Refusal(n, "not-traceable", f"the network is not traced: {traced.reason}") for n in names]
-    calls: dict[str, list[Node]] = {}
-    for node in traced.graph.nodes:
-        if node.op == "call_module":
-            calls.setdefault(str(node.target), []).append(node)
     places = Counter(id(m) for _, m in model.named_modules(remove_duplicate=False))
     places += Counter(id(p) for _, p in model.named_parameters(remove_duplicate=False))
-    reasons = {name: _obstacle(model.get_submodule(name), name, calls, places) for name in names}
-    order = [n for n in calls if n in reasons and reasons[n] is None]
-    indices = list(_places(traced.graph, dict(root.named_modules()), [calls[n][0] for n in order]))
-    norms = [_norm_after(model, calls[name], calls) for name in order]
-    shifted = _shifted(model, traced)
-    sites = [_site(model, *found, shifted) for found in zip(order, norms, indices, strict=True)]
-    return sites, [r for r in reasons.values() if r is not None]
+    names = [n for n, m in model.named_modules() if isinstance(m, (*CONVS, *TRANSPOSED))]
+    reasons = {n: Refusal(n, "not-traceable", "no traced call leads to it") for n in names}
+    sites: list[Site] = []
+    for part in _parts("", model, places):
+        told = {name: _obstacle(part, name, places) for name, path in part.paths.items() if path in reasons}
+        reasons |= {part.paths[name]: replace(r, node=part.paths[name]) for name, r in told.items() if r is not None}
+        sites += _sites_of(part, [name for name in part.calls if name in told and told[name] is None])
+    replaced = {site.name for site in sites}
+    return sites, [r for name, r in reasons.items() if name not in replaced]
 
 
-def _shifted(model: nn.Module, traced: Traced) -> frozenset[int]:
-    """The weights, by identity, of which `reparameterize` makes layers with a bias. Uses the traced graph up."""
-    planned = Pipeline(type(model).__name__, traced, {}, aim_of(model.parameters())).plan
+def _parts(path: str, module: nn.Module, places: Mapping[int, int]) -> Iterator[_Part]:
+    """The module, if it can be traced, and what is only called by what cannot: that keeps its own forward."""
+    is_bare = meaning_of(module, dict.fromkeys((*CONVS, *TRANSPOSED))) is not None
+    root = nn.Sequential(module) if is_bare else module  # which calls it
+    traced = trace(structural_copy(root))
+    kept: Mapping[str, Any] = {"": module}
+    if not isinstance(traced, Refusal):
+        join = f"{path}.{{}}" if path else "{}"
+        paths = {"0": path} if is_bare else {name: join.format(name) for name, _ in root.named_modules() if name}
+        yield _Part(root, traced, paths)
+        kept = traced.kept
+    for name in kept:
+        inside = root.get_submodule(name)
+        for below, child in only_called(".".join(filter(None, (path, name))), inside):
+            if places[id(child)] == 1 and not is_hooked(child):
+                yield from _parts(below, child, places)
+
+
+def _sites_of(part: _Part, order: list[str]) -> Iterator[Site]:
+    """The sites of convolutions, in the order of their calls. Uses the traced graph up."""
+    indices = list(_places(part.traced.graph, part.traced.modules, [part.calls[n][0] for n in order]))
+    norms = [_norm_after(part, name) for name in order]
+    shifted = _shifted(part)
+    for name, norm_name, index in zip(order, norms, indices, strict=True):
+        conv: Any = part.root.get_submodule(name)
+        norm = None if norm_name is None else part.root.get_submodule(norm_name)
+        norm_path = None if norm_name is None else part.paths[norm_name]
+        yield Site(part.paths[name], conv, norm_path, norm, index, conv.bias is not None or id(conv.weight) in shifted)
+
+
+def _shifted(part: _Part) -> frozenset[int]:
+    """The weights, by identity, of which `reparameterize` makes layers with a bias."""
+    planned = Pipeline(type(part.root).__name__, part.traced, {}, aim_of(part.root.parameters())).plan
     layers = [e.kernels for d in planned.decisions.values() for e in d.recipe.emits]
     weights = [weight for weight, bias in layers if bias is not None]
     return frozenset(id(leaf.tensor) for leaf in K.leaves(*weights))
 
 
-def _obstacle(conv: Any, name: str, calls: Mapping[str, list[Node]], places: Mapping[int, int]) -> Refusal | None:
+def _obstacle(part: _Part, name: str, places: Mapping[int, int]) -> Refusal | None:
     """`places`: by the identity of a module or a parameter, how often the model has it."""
+    conv: Any = part.root.get_submodule(name)
     meaning = meaning_of(conv, dict.fromkeys((*CONVS, *TRANSPOSED)))
     if meaning in TRANSPOSED:
         return Refusal(name, "transposed", "a transposed convolution has no such branches")
@@ -155,28 +203,26 @@ def _obstacle(conv: Any, name: str, calls: Mapping[str, list[Node]], places: Map
         return Refusal(name, "not-expandable", "its class, or a parametrization, computes something of its own")
     if places[id(conv)] > 1 or places[id(conv.weight)] > 1:
         return Refusal(name, "tied-parameters", "its weight is shared with another layer")
+    if name in part.read:
+        return Refusal(name, "tied-parameters", "the network reads its tensors otherwise than by calling it")
     if is_hooked(conv):
         return Refusal(name, "hooked", "a forward hook looks at it")
-    if name not in calls:
+    if name not in part.calls:
         return Refusal(name, "not-traceable", "no traced call leads to it")
     return None
 
 
-def _site(model: nn.Module, name: str, norm_name: str | None, index: int, shifted: frozenset[int]) -> Site:
-    conv: Any = model.get_submodule(name)
-    norm = None if norm_name is None else model.get_submodule(norm_name)
-    return Site(name, conv, norm_name, norm, index, conv.bias is not None or id(conv.weight) in shifted)
-
-
-def _norm_after(model: nn.Module, nodes: list[Node], calls: Mapping[str, list[Node]]) -> str | None:
+def _norm_after(part: _Part, name: str) -> str | None:
     """The batch norm that reads a convolution's output, if each is the other's only one."""
+    nodes = part.calls[name]
     users = [user for node in nodes for user in node.users]
     if len(nodes) != 1 or len(users) != 1 or users[0].op != "call_module":
         return None
-    name = str(users[0].target)
-    norm: Any = model.get_submodule(name)
+    after = str(users[0].target)
+    norm: Any = part.root.get_submodule(after)
     is_norm = meaning_of(norm, dict.fromkeys(NORMS.values())) is not None and norm.affine and norm.track_running_stats
-    return name if is_norm and len(calls[name]) == 1 and not is_hooked(norm) else None
+    is_alone = len(part.calls[after]) == 1 and after not in part.read and not is_hooked(norm)
+    return after if is_norm and is_alone else None
 
 
 def _places(graph: Graph, modules: dict[str, nn.Module], nodes: list[Node]) -> Iterator[int]:
