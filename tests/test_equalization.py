@@ -299,19 +299,9 @@ def test_only_a_graph_can_be_equalised():
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize(("runtime", "most"), [("with_onnxruntime", 0.6), ("with_torchao", 0.9)])
-def test_the_error_of_int8_falls_on_a_repvgg_of_unequal_ranges(runtime: str, most: float, monkeypatch):
+@pytest.mark.parametrize("seed", range(3))
+def test_the_error_of_int8_falls_on_a_repvgg_of_unequal_ranges(seed: int, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.syspath_prepend(EXAMPLES)
-    example = importlib.import_module("quantize")
-    torch.manual_seed(0)
-    with torch.no_grad():
-        batches = [torch.randn(4, 3, 32, 32) for _ in range(8)]
-        x = torch.randn(4, 3, 32, 32)
-        collapsed = fxrep.reparameterize(example.unequal_ranges(example.repvgg_stage(3, 16, 4)))
-        expected = collapsed(x)
-        errors = [
-            float((getattr(example, runtime)(each, batches, x) - expected).norm() / expected.norm())
-            for each in (collapsed, fxrep.equalize(collapsed, x))
-        ]
-    assert errors[1] < most * errors[0]
-    assert errors[1] < 0.05
+    by_weight, by_row = importlib.import_module("quantize").errors(seed)
+    assert by_weight[1] < 0.75 * by_weight[0]
+    assert max(by_weight[1], *by_row) < 0.1  # of scales for each row nothing is promised but that they work
