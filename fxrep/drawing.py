@@ -132,10 +132,11 @@ def _picture(emit: Emit, names: Mapping[int, str], doubles: Doubles) -> Picture 
         return None
     with torch.no_grad():
         numbers = [evaluate(p, doubles) for p in parts]
-        largest = torch.stack([n.flatten(2).abs().amax(2) / n.abs().max().clamp_min(1e-300) for n in numbers])
+        filters = [n.flatten(2).abs().amax(2) for n in numbers]
+        largest = torch.stack([f / f.max().clamp_min(1e-300) for f in filters])
         row, column = divmod(int(largest.amin(0).argmax()), operator.weight.shape[1])
         grids = [_grid(n[row, column]) for n in numbers]
-        total = _grid(evaluate(operator.weight, doubles)[row, column])
+        total = _grid(torch.stack([n[row, column] for n in numbers]).sum(0))
     shown = tuple(Summand(*_named(p, names), grid) for p, grid in zip(parts, grids, strict=True))
     column += row // (operator.out_channels // operator.groups) * operator.weight.shape[1]
     return Picture("", row, column, shown, total)

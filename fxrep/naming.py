@@ -12,14 +12,14 @@ from fxrep.plan import Plan
 from fxrep.sharing import Keys
 
 
-def layer_names(plan: Plan, nodes: Mapping[str, Node], modules: Mapping[str, nn.Module]) -> dict[int, str]:
+def layer_names(plan: Plan, nodes: Mapping[str, Node], modules: Mapping[str, nn.Module], keys: Keys) -> dict[int, str]:
     """By emit: the qualified name of its new layer, `reparam` in the innermost module that encloses all it replaces.
 
     Equal layers, as the calls of one layer of the model become, are one and have one name.
     """
     leaves = {str(n.target) for n in nodes.values() if n.op == "call_module"}
     taken, names = set(modules), dict[int, str]()
-    keys, named = Keys(), dict[int, str]()
+    named: dict[int, str] = {}
     for decision in plan.decisions.values():
         scope = common_scope([nodes[r] for r in decision.replaced], leaves)
         stem = f"{scope}.reparam" if scope else "reparam"

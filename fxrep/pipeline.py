@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -27,7 +27,7 @@ from fxrep.readers import NOTHING, Readings, Told, is_bypass, read_graph
 from fxrep.report import Collapse, Report
 from fxrep.rewrite import Rewriter, settles
 from fxrep.search import make_plan
-from fxrep.sharing import growing
+from fxrep.sharing import Keys, growing
 from fxrep.trace import Traced
 
 
@@ -51,19 +51,26 @@ class Pipeline:
         self.make_plan = partial(make_plan, aim=aim, strict=strict, legal=legal)
         self.counts_copies = aim.objective == "params"  # of weights that several calls share
         self.refused: list[Refusal] = []
+        self.keys = Keys()
         self._plan()
 
     def explain(self) -> Report:
         """The report of the plan, with nothing folded and so nothing certified."""
-        names = layer_names(self.plan, self.nodes, self.modules)
-        return self._report(planned(self.graph, self.modules, self.plan, self.readings.facts.scalars), names)
+        return self._report(planned(self.graph, self.modules, self.plan, self.readings.facts.scalars), self.names())
+
+    def names(self) -> dict[int, str]:
+        """By emit, what its layer is called."""
+        return layer_names(self.plan, self.nodes, self.traced.modules, self.keys)
 
     def _plan(self) -> None:
         """Plans, and plans anew while the network would hold more numbers than before."""
         self.plan = self.make_plan(self.problem)
-        while grown := list(growing(self.plan, self.readings.forms, self._kept() if self.counts_copies else None)):
+        while grown := list(self._growing()):
             self._fix(grown)
             self.plan = self.make_plan(self.problem)
+
+    def _growing(self) -> Iterator[Refusal]:
+        return growing(self.plan, self.readings.forms, self._kept() if self.counts_copies else None, self.keys)
 
     def _kept(self) -> set[int]:
         """The memory of parameters that are read by what has no form, and stays."""
@@ -96,7 +103,7 @@ class Pipeline:
                 region = self.region(decision, {}, Doubles(), ledger.memory_for(decision))
                 own = ledger.settle(decision, region.numbers)
             folded |= {id(f.emit): f for f in own}
-        rewriter = writer(self.graph, self.plan, self.readings, self.modules, folded)
+        rewriter = writer(self.graph, self.plan, self.readings, self.modules, folded, self.names())
         collapsed = rewriter.write(self.name)
         sizes = {*self.readings.facts.scalars, *rewriter.numbers}
         after = census(collapsed.graph, dict(collapsed.named_modules(remove_duplicate=False)), sizes)

@@ -17,7 +17,7 @@ from fxrep import mutation
 from fxrep.fold import AVERAGE, Folded, layer_of, pad_arguments, pad_mode, scale_of
 from fxrep.kernel import Kernel, Leaf
 from fxrep.lower import Emit, needs_explicit_pad
-from fxrep.naming import common_scope, label_of, layer_names
+from fxrep.naming import common_scope, label_of
 from fxrep.ownership import Collapsed
 from fxrep.plan import Decision, Plan
 from fxrep.readers import Readings, is_bypass
@@ -31,13 +31,15 @@ PROVENANCE = "fxrep_provenance"
 
 @dataclass
 class Rewriter:
-    """Writes the new graph next to the old one. `folded` holds the numbers of every emit of every decision."""
+    """Writes the new graph next to the old one. `folded` holds the numbers of every emit of every decision, `names`
+    what their layers are called."""
 
     old: Graph
     plan: Plan
     readings: Readings
     modules: dict[str, nn.Module]
     folded: Mapping[int, Folded]
+    names: Mapping[int, str]
     new: Graph = field(default_factory=lambda: Graph(tracer_cls=Recorder))
     env: dict[Node, Any] = field(default_factory=dict)
     ours: set[Node] = field(default_factory=set)
@@ -53,7 +55,6 @@ class Rewriter:
     def write(self, class_name: str) -> GraphModule:
         """The collapsed module, over the modules and tensors that are still called."""
         self.nodes = {n.name: n for n in self.old.nodes}
-        self.names = layer_names(self.plan, self.nodes, self.modules)
         self.new._codegen = self.old._codegen
         self.guarded = self._assumptions()
         self.terms: dict[str, list[Decision]] = {}

@@ -27,15 +27,22 @@ class Keys:
 
     known: dict[Any, int] = field(default_factory=dict)
     of_kernel: dict[int, int] = field(default_factory=dict)
+    emits: dict[int, int] = field(default_factory=dict)
     #: what is known by its identity must live as long as that is compared
-    held: list[Kernel] = field(default_factory=list)
+    held: list[Kernel | Emit] = field(default_factory=list)
 
     def of_emit(self, emit: Emit) -> int:
         """Of a layer: its geometry and the expressions of its numbers."""
+        if id(emit) not in self.emits:
+            self.held.append(emit)
+            self.emits[id(emit)] = self._number(self._of_layer(emit))
+        return self.emits[id(emit)]
+
+    def _of_layer(self, emit: Emit) -> Any:
         op = emit.operator
         geometry = () if op is None else tuple(map(self._plain, arguments(op).values()))
         kernels = tuple(None if k is None else self.of(k) for k in (emit.gain, emit.bias))
-        return self._number((geometry, kernels, emit.anchor.rows))
+        return geometry, kernels, emit.anchor.rows
 
     def of(self, kernel: Kernel) -> int:
         for node in () if id(kernel) in self.of_kernel else K.topological((kernel,)):
@@ -74,14 +81,14 @@ class Keys:
         return self.known.setdefault(content, len(self.known))
 
 
-def growing(plan: Plan, forms: Mapping[str, AffineForm], kept: Collection[int] | None) -> Iterator[Refusal]:
+def growing(plan: Plan, forms: Mapping[str, AffineForm], kept: Collection[int] | None, keys: Keys) -> Iterator[Refusal]:
     """The decisions that store more numbers than they free, if the plan as a whole does.
 
     Equal layers are stored once: decisions that have one, or a tensor, in common are judged together. A weight that
     several calls share, with another scale after each, needs a copy for each. It counts as freed by each call; or,
     given the memory of what is `kept` whatever is planned, only once, if nobody reads it any more.
     """
-    groups = list(_groups(plan, forms, kept))
+    groups = list(_groups(plan, forms, kept, keys))
     if sum(stored - freed for _, stored, freed in groups) <= 0:
         return
     for decisions, stored, freed in groups:
@@ -91,10 +98,9 @@ def growing(plan: Plan, forms: Mapping[str, AffineForm], kept: Collection[int] |
 
 
 def _groups(
-    plan: Plan, forms: Mapping[str, AffineForm], kept: Collection[int] | None
+    plan: Plan, forms: Mapping[str, AffineForm], kept: Collection[int] | None, keys: Keys
 ) -> Iterator[tuple[list[Decision], int, int]]:
     """Decisions that share tensors or layers, with how many numbers they store and free together."""
-    keys = Keys()
     stored = {d.node: _stored(d, keys) for d in plan.decisions.values()}
     calls = {d.node: [forms[n] for n in d.replaced if n in forms] for d in plan.decisions.values()}
     alive = {*kept, *_numbers(_computed(plan, forms))} if kept is not None else set()
@@ -137,4 +143,5 @@ def _connected(belongings: Mapping[str, set[Any]]) -> list[list[str]]:
         merged = [*(n for group in joined.values() for n in group), name]
         group_of |= dict.fromkeys((*things, *(t for n in merged for t in belongings[n])), merged)
     found = {id(g): g for g in group_of.values()}
-    return [sorted(g, key=list(belongings).index) for g in found.values()]
+    places = {name: i for i, name in enumerate(belongings)}
+    return [sorted(g, key=places.__getitem__) for g in found.values()]

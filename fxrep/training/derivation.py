@@ -18,7 +18,6 @@ from fxrep.copying import structural_copy
 from fxrep.errors import FxrepError, Illegal, Refusal
 from fxrep.evaluation import Doubles
 from fxrep.islands import unchanged_report
-from fxrep.naming import layer_names
 from fxrep.pipeline import Pipeline
 from fxrep.plan import Decision, Legal
 from fxrep.refolding import Architecture
@@ -196,7 +195,7 @@ def _trained(decision: Decision) -> list[Tensor]:
 
 def _rules(pipeline: Pipeline, collapsed: GraphModule) -> Iterator[Rule]:
     """One rule a decision in which something trains; what nothing trains is frozen."""
-    paths = layer_names(pipeline.plan, pipeline.nodes, pipeline.traced.modules)
+    paths = pipeline.names()
     made = dict(collapsed.named_parameters())
     for decision in pipeline.plan.decisions.values():
         emits = [e for e in decision.recipe.emits if e.stores]
