@@ -114,6 +114,8 @@ TAKEN_APART: dict[str, Callable[[], nn.Module]] = {
                                         order=torch.tensor([3, 1, 0, 2])),
     "linear layers": lambda: Net(lambda m, x: m.b(m.a(x)) @ m.c, a=linear(8, 6), b=linear(6, 5),
                                  c=nn.Parameter(torch.randn(5, 3))),
+    "a norm of the channels moved to axis one": lambda: Net(
+        lambda m, x: m.bn(m.a(x.mean(1)).transpose(1, 2)).transpose(1, 2), a=linear(8, 6), bn=bn(6, dims=1)),
     "a scaled linear layer": lambda: Net(lambda m, x: m.gain * m.a(x) + x, a=linear(8, 8),
                                          gain=nn.Parameter(torch.randn(8))),
 }  # fmt: skip

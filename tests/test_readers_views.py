@@ -56,6 +56,15 @@ def two_linears(m: Any, x: Tensor) -> Tensor:
     return m.again(m.linear(x).view(-1, 4)).view(x.shape[0], x.shape[1], 4) + x
 
 
+def axis_one(m: Any, x: Tensor) -> Tensor:
+    """A batch norm of (N, 4, L), which are the channels moved to axis 1."""
+    return m.bn(m.linear(x).transpose(1, 2)).transpose(1, 2)
+
+
+def axis_one_by_permute(m: Any, x: Tensor) -> Tensor:
+    return m.again(m.bn(m.linear(x).permute(0, 2, 1)).permute(0, 2, 1))
+
+
 #: Linear(4, 4), BatchNorm1d(4) on tokens (N, L, 4): the batch norm goes.
 FOLDING: dict[str, tuple[Callable[[Any, Tensor], Tensor], str]] = {
     "levit": (levit, "l1 b0"),
@@ -68,6 +77,13 @@ FOLDING: dict[str, tuple[Callable[[Any, Tensor], Tensor], str]] = {
     "flattened before": (flattened_before, "l1 b0"),
     "not reshaped back": (lambda m, x: m.bn(m.linear(x).flatten(0, 1)), "l1"),
     "two linears": (two_linears, "l1"),
+    "axis one": (axis_one, "l1 b0"),
+    "axis one by permute": (axis_one_by_permute, "l1 b0"),
+    "torch.permute": (lambda m, x: torch.permute(m.bn(torch.permute(m.linear(x), (0, 2, 1))), dims=(0, 2, 1)), "l1 b0"),
+    "swapaxes": (lambda m, x: m.bn(m.linear(x).swapaxes(1, 2)).swapaxes(-1, -2), "l1 b0"),
+    "torch.swapaxes": (lambda m, x: torch.swapaxes(m.bn(torch.swapaxes(m.linear(x), 1, 2)), 1, 2), "l1 b0"),
+    "axis one of a sum": (lambda m, x: m.bn((m.linear(x) + x).transpose(1, 2)).transpose(1, 2), "l1 b0 a0"),
+    "scalar between": (lambda m, x: m.again((m.linear(x).transpose(1, 2) * 3 + 1).transpose(2, 1)), "l1 m0 a0"),
 }
 
 
@@ -96,13 +112,17 @@ def heads(m: Any, x: Tensor) -> Tensor:
     return m.again((qkv[0].transpose(1, 2) @ qkv[1]).softmax(-1) @ x)
 
 
-def axis_one(m: Any, x: Tensor) -> Tensor:
-    """A batch norm of (N, 4, L), which are the channels moved to axis 1."""
-    return m.bn(m.linear(x).transpose(1, 2)).transpose(1, 2)
+def not_moved_back(m: Any, x: Tensor) -> Tensor:
+    return m.bn(m.linear(x).transpose(1, 2))
 
 
-def axis_one_by_permute(m: Any, x: Tensor) -> Tensor:
-    return m.again(m.bn(m.linear(x).permute(0, 2, 1)).permute(0, 2, 1))
+def moved_elsewhere(m: Any, x: Tensor) -> Tensor:
+    return m.again(m.bn(m.linear(x).transpose(1, 2)).permute(2, 0, 1))
+
+
+def read_between(m: Any, x: Tensor) -> Tensor:
+    y = m.bn(m.linear(x).transpose(1, 2))
+    return y.sigmoid().mean(2) + y.transpose(1, 2).sum(1)
 
 
 def moved(m: Any, x: Tensor) -> Tensor:
@@ -116,7 +136,17 @@ def summed_with_a_reshape(m: Any, x: Tensor) -> Tensor:
     return y.flatten(0, 1).view(x.shape[1], x.shape[0], 4).transpose(0, 1) + m.again(x)
 
 
-OTHERS = [scrambled, regrouped, halves, heads, axis_one, axis_one_by_permute, moved, summed_with_a_reshape]
+OTHERS = [
+    scrambled,
+    regrouped,
+    halves,
+    heads,
+    not_moved_back,
+    moved_elsewhere,
+    read_between,
+    moved,
+    summed_with_a_reshape,
+]
 
 
 def parts() -> dict[str, nn.Module]:
@@ -190,7 +220,7 @@ def test_equal_and_collapsed(case: Case) -> None:
     check(case)
 
 
-@pytest.mark.parametrize("body", [scrambled, halves])
+@pytest.mark.parametrize("body", [scrambled, halves, not_moved_back, axis_one, moved_elsewhere])
 def test_square_sizes_fool_no_view(body: Callable[[Any, Tensor], Tensor]) -> None:
     """With 4 tokens of 4 channels every wrong axis has the right size."""
     check(Case("square", lambda: Net(body, **parts()), shapes=((4, 4, 4), (1, 4, 4))))

@@ -191,7 +191,8 @@ def _bypassed(graph: Graph, found: Mapping[str, AffineForm]) -> frozenset[str]:
     """
     seen: dict[str, frozenset[str]] = {}
     for node in reversed(graph.nodes):
-        if node.op not in ("call_function", "call_method") or not node.users:
+        is_op = node.op in ("call_function", "call_method") or (node.op == "call_module" and node.name in found)
+        if not is_op or not node.users:
             continue
         read = [seen.get(u.name) or (frozenset(found[u.name].sources) if u.name in found else None) for u in node.users]
         through = frozenset().union(*(r for r in read if r is not None))
