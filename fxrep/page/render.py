@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from functools import cache
 from html import escape
@@ -16,7 +16,9 @@ from fxrep.page.heat import kernel_figure
 from fxrep.page.layout import Drawing, Point, draw
 from fxrep.page.scene import Edge, Picture, Scene
 
+STRAIGHT = 1.0  # pixels
 NOTHING = '<p class="none">None.</p>'
+NO_KERNELS = '<p class="none">Nothing is added up here: each new layer is one kernel, scaled.</p>'
 
 
 def document(
@@ -34,7 +36,7 @@ def document(
         "collapse_count": len(report["collapses"]),
         "refusals": tables["refusals"] or NOTHING,
         "refusal_count": len(report["refusals"]),
-        "kernels": "".join(map(kernel_figure, pictures)) or NOTHING,
+        "kernels": "".join(map(kernel_figure, pictures)) or NO_KERNELS,
         "style": _part("style.css"),
         "script": _part("script.js"),
         "data": _json(_graph(scene, report["collapses"])),
@@ -91,7 +93,15 @@ def _in_order(edges: Sequence[Edge], kept: Sequence[int], count: int) -> list[in
 
 
 def _routed(edges: Sequence[Edge], drawing: Drawing) -> list[list[Any]]:
-    return [[s, t, [_rounded(p) for p in bends]] for (s, t), bends in zip(edges, drawing.bends, strict=True)]
+    return [[s, t, [_rounded(p) for p in _turns(bends)]] for (s, t), bends in zip(edges, drawing.bends, strict=True)]
+
+
+def _turns(bends: Sequence[Point]) -> Iterator[Point]:
+    """Without the points that lie on a straight line: of long edges, most."""
+    for i, point in enumerate(bends):
+        before, after = bends[max(i - 1, 0)], bends[min(i + 1, len(bends) - 1)]
+        if i in (0, len(bends) - 1) or abs(before[0] - 2 * point[0] + after[0]) > STRAIGHT:
+            yield point
 
 
 def _rounded(point: Point) -> list[float]:
