@@ -256,6 +256,8 @@ def test_where_and_a_block_of_ones_own():
     expanded = fxrep.expand(net, twin, where="2")
     assert expanded.expansion.expanded == ("2",)
     assert layers(fxrep.reparameterize(expanded)) == layers(fxrep.reparameterize(net))
+    assert fxrep.expand(net, twin, where=lambda name, conv: conv.kernel_size == (3, 3)).expansion.expanded == ("0", "2")
+    assert fxrep.expand(net, lambda conv: None).expansion.expanded == ()
     with pytest.raises(FxrepError, match="fits no convolution"):
         fxrep.expand(net, where="stages.*")
     with pytest.raises(FxrepError, match="there is no block"):

@@ -175,14 +175,15 @@ def _parts(path: str, module: nn.Module, places: Mapping[int, int]) -> Iterator[
 
 def _sites_of(part: _Part, order: list[str]) -> Iterator[Site]:
     """The sites of convolutions, in the order of their calls. Uses the traced graph up."""
+    convs: list[Any] = [part.root.get_submodule(name) for name in order]
     indices = list(_places(part.traced.graph, part.traced.modules, [part.calls[n][0] for n in order]))
     norms = [_norm_after(part, name) for name in order]
-    shifted = _shifted(part)
-    for name, norm_name, index in zip(order, norms, indices, strict=True):
-        conv: Any = part.root.get_submodule(name)
+    has_shift = [conv.bias is not None or norm is not None for conv, norm in zip(convs, norms, strict=True)]
+    shifted = frozenset() if all(has_shift) else _shifted(part)
+    for name, conv, norm_name, index, known in zip(order, convs, norms, indices, has_shift, strict=True):
         norm = None if norm_name is None else part.root.get_submodule(norm_name)
         norm_path = None if norm_name is None else part.paths[norm_name]
-        yield Site(part.paths[name], conv, norm_path, norm, index, conv.bias is not None or id(conv.weight) in shifted)
+        yield Site(part.paths[name], conv, norm_path, norm, index, known or id(conv.weight) in shifted)
 
 
 def _shifted(part: _Part) -> frozenset[int]:
