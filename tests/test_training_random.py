@@ -1,4 +1,5 @@
-"""Random networks of constant-scale branches: fifty steps of a target are fifty steps of its branches."""
+"""Random networks of constant-scale branches: fifty steps of a target are those of its branches, and so are gradients
+through branches that are folded online."""
 
 from __future__ import annotations
 
@@ -54,6 +55,23 @@ def test_random_topologies_have_rules_and_most_agree_to_twelve_digits():
     assert sum(error < EXACT for error in errors) > 0.9 * len(ruled)
     for (_, target, _), start in zip(ruled, starts, strict=True):
         assert max(relative_error(p, start[name]) for name, p in target.named_parameters()) > 1e-2
+
+
+@settings(max_examples=25)
+@given(with_inputs())
+def test_random_topologies_folded_online_have_the_gradients_of_their_branches(case: tuple[Network, list[Any]]):
+    net, (batch, *_) = case
+    assume(can_train(net, batch))
+    online = fxrep.online(net)
+    event(f"folded: {len(online.report.collapses)}")
+    for model in (net, online):
+        _seeded_loss(model, [x.clone() for x in batch]).backward()
+    assert online.state_dict().keys() == net.state_dict().keys()
+    theirs = dict(net.named_parameters(remove_duplicate=False))
+    largest = max(p.grad.abs().max() for p in theirs.values() if p.grad is not None)
+    for name, p in online.named_parameters(remove_duplicate=False):
+        assert (p.grad is None) == (theirs[name].grad is None)
+        assert p.grad is None or (p.grad - theirs[name].grad).abs().max() <= 1e-11 * largest
 
 
 def trained_apart(net: nn.Module, target: nn.Module, inputs: list[Any]) -> float:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 from functools import cached_property
 from typing import Any
@@ -57,6 +57,7 @@ def _write(pipeline: Pipeline) -> tuple[GraphModule, Report]:
         pipeline.decline(refused)
     result, report = pipeline.rewrite(writer=OnlineRewriter)
     _restore_owners(result, dict(pipeline.traced.root.named_modules()))
+    _forget_in_state(result, {name for name, _ in pipeline.traced.root.named_buffers(remove_duplicate=False)})
     after = Counter(report.after)  # without the online layers, which are of none of the types that are counted
     after.update(kind_of_emit(m.emit, m.dims) for m in result.modules() if isinstance(m, OnlineLayer))
     return result, replace(report, after=dict(after))
@@ -67,6 +68,14 @@ def _restore_owners(result: GraphModule, modules: Mapping[str, nn.Module]) -> No
     for path in {str(n.target).rpartition(".")[0] for n in result.graph.find_nodes(op="get_attr")}:
         if path in modules and path and not list(modules[path].children()):
             result.set_submodule(path, modules[path])
+
+
+def _forget_in_state(result: GraphModule, known: Collection[str]) -> None:
+    """Constants of the fold's own, which are no part of the model's state dict."""
+    for path, buffer in list(result.named_buffers(remove_duplicate=False)):
+        if path not in known:
+            owner, _, name = path.rpartition(".")
+            result.get_submodule(owner).register_buffer(name, buffer, persistent=False)
 
 
 class OnlineLayer(nn.Module):
@@ -82,7 +91,8 @@ class OnlineLayer(nn.Module):
         def read(leaf: Leaf) -> Tensor:
             return tensors[self.order[id(leaf.tensor)]]
 
-        weight, bias = in_layout(self.emit, lambda kernel: evaluate(kernel, read, tensors[0]))
+        like = tensors[0] if tensors else x
+        weight, bias = in_layout(self.emit, lambda kernel: evaluate(kernel, read, like))
         return run_emit(self.emit, weight, bias, self.fill, x, self.dims)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> OnlineLayer:
@@ -101,11 +111,11 @@ class OnlineRewriter(Rewriter):
     """Writes layers that are given live tensors instead of layers that own folded ones."""
 
     def _emit(self, folded: Folded, decision: Decision) -> Node:
-        leaves = distinct(folded.emit)
-        if not leaves:
+        leaves, emit = distinct(folded.emit), folded.emit
+        if not leaves and (emit.is_pass or emit.is_pad or emit.is_pool):
             return super()._emit(folded, decision)
         x = self._anchor(folded, decision)
-        name = self._install(OnlineLayer(folded.emit, folded.fill, decision.recipe.dims or 0), folded.emit, decision)
+        name = self._install(OnlineLayer(emit, folded.fill, decision.recipe.dims or 0), emit, decision)
         tensors = [self.new.get_attr(self._path(leaf.tensor, f"{name}_constant{i}")) for i, leaf in enumerate(leaves)]
         called: Node = self.new.call_module(name, (x, *tensors))
         self.ours.add(called)
