@@ -184,6 +184,8 @@ def bind_examples(model: nn.Module, example_inputs: Examples) -> dict[str, Any]:
     if not isinstance(example_inputs, (Tensor, tuple, list, Mapping)):
         kind = type(example_inputs).__name__
         raise FxrepError(f"example_inputs is a {kind}; pass a tensor, a tuple or a dict of arguments")
+    if isinstance(model, torch.jit.ScriptModule):
+        return {}  # which tells no names, and is not traced anyway
     signature = inspect.signature(model.forward)
     try:
         if isinstance(example_inputs, Mapping):

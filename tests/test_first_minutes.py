@@ -106,11 +106,12 @@ def test_a_wrapper_that_somebody_looks_at_is_kept():
 
 @pytest.mark.parametrize("make", [torch.jit.script, lambda m: torch.jit.trace(m.eval(), image())])
 def test_a_torchscript_program_comes_back_as_it_is_and_says_what_to_collapse(make: Callable[[nn.Module], nn.Module]):
-    result = fxrep.reparameterize(make(net()))
+    result = fxrep.reparameterize(make(net()), image())
     assert relative_error(result(image()), net().eval()(image())) < 1e-12
     (refusal,) = result.report.refusals
     assert refusal.code == "not-traceable"
     assert "collapse the module that it was made from" in refusal.reason
+    assert fxrep.verify(make(net()), fxrep.reparameterize(net().eval()), image())
 
 
 def test_a_container_without_forward_says_so():
@@ -204,6 +205,12 @@ WRONG: dict[str, tuple[Callable[[], Any], str]] = {
     "refold a state dict": (lambda: fxrep.refold(fxrep.reparameterize(net()), net().state_dict()), "fold_state_dict"),
     "convert with the path first": (lambda: fxrep.convert("net.onnx", net()), "convert.model, path"),
     "convert nothing": (lambda: fxrep.convert(None, "net.onnx"), "NoneType"),
+    "convert without a path": (lambda: fxrep.convert(net(), None, image()), "name the file to write"),
+    "convert a program": (lambda: fxrep.convert(torch.export.export(net().eval(), (image(),)), "n.pt2"), "the module"),
+    "convert with a word for the axes": (lambda: fxrep.convert(net(), "n.pt2", image(), dynamic="batch"), "the axes"),
+    "convert with weights that are loaded": (lambda: fxrep.convert(net(), "n.pt2", image(), weights={}), "checkpoint"),
+    "the file first": (lambda: fxrep.load_weights("weights.pth", net()), "load_weights.model, file"),
+    "a folder": (lambda: fxrep.load_weights(net(), "."), "is a folder"),
     "a misspelt file": (lambda: fxrep.load_weights(net(), "nowhere.pth"), "there is no file"),
 }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -29,7 +30,7 @@ from fxrep.verification.models import copied, like, run, wide, widened
 TRIALS = 3
 APART = ("not-traceable", "reached-into")
 """Refusals of what a module's own forward hides, and its exported program shows."""
-CHAOTIC = 0.25
+CHAOTIC = 0.1
 """Relative error of the original in the file's dtype beyond which nothing is told by the file's own."""
 SHORT = MappingProxyType({"fp16": "float16", "bf16": "bfloat16", "fp32": "float32", "fp64": "float64"})
 
@@ -107,8 +108,7 @@ def convert(
         Unusable: the path, the weights, a name or a runtime cannot be used.
         FxrepError: the network cannot be exported, or the file is not equal.
     """
-    if not isinstance(model, nn.Module):
-        raise Unusable(f"the first argument is a {type(model).__name__}, not a torch.nn.Module; convert(model, path)")
+    _check_arguments(model, path, dynamic)
     target = Path(path)
     form = format_for(target, to)
     check_target(target, force)
@@ -148,6 +148,19 @@ def _undecided(trials: Sequence[Trial], dtype: str) -> Iterator[str]:
             f"the original's own {worst.output} in {dtype} is off by {worst.own_error:.2g} from the one in float64, so "
             "that running the file tells little of it; --dtype fp64 would"
         )
+
+
+def _check_arguments(model: object, path: object, dynamic: object) -> None:
+    if isinstance(model, ExportedProgram):
+        raise Unusable("got an ExportedProgram; pass the module, or save what reparameterize(program) gives")
+    if not isinstance(model, nn.Module):
+        raise Unusable(f"the first argument is a {type(model).__name__}, not a torch.nn.Module; convert(model, path)")
+    if isinstance(model, torch.jit.ScriptModule):
+        raise Unusable("a TorchScript program cannot be collapsed; convert the module that it was made from")
+    if not isinstance(path, (str, os.PathLike)):
+        raise Unusable(f"the path is a {type(path).__name__}; name the file to write, such as 'net.onnx'")
+    if not isinstance(dynamic, (tuple, list)) or not all(type(axis) is int for axis in dynamic):
+        raise Unusable(f"dynamic is {dynamic!r}; give the axes to leave open, such as (0,) for the batch")
 
 
 def _check_axes(dynamic: Sequence[int], examples: Examples) -> None:

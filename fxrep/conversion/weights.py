@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import os
 import warnings
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -67,7 +68,8 @@ def load_weights(
     Raises:
         Unusable: the file cannot be read as it is, or a name or shape does not fit.
     """
-    path = Path(file)
+    _check_arguments(model, file)
+    path, ignore = Path(file), [ignore] if isinstance(ignore, str) else ignore
     entries = [(name, _without(tensors, ignore)) for name, tensors in _entries(_read(path, trust))]
     fits = [fit for name, tensors in entries for fit in _fits(model, name, tensors)]
     if entry is not None:
@@ -84,9 +86,16 @@ def load_weights(
     return tuple(_notes(path, best, fits))
 
 
+def _check_arguments(model: object, file: object) -> None:
+    if not isinstance(model, nn.Module) or not isinstance(file, (str, os.PathLike)):
+        given = f"{type(model).__name__}, {type(file).__name__}"
+        raise Unusable(f"got ({given}); load_weights(model, file) takes a module and the name of a checkpoint")
+
+
 def _read(path: Path, trust: bool) -> Any:
     if not path.is_file():
-        raise Unusable(f"there is no file {path} (looked from {Path.cwd()})")
+        fact = f"{path} is a folder" if path.is_dir() else f"there is no file {path} (looked from {Path.cwd()})"
+        raise Unusable(fact)
     _check_start(path)
     if path.suffix == ".safetensors":
         return _read_safetensors(path)

@@ -165,7 +165,7 @@ def sampler(
     model: nn.Module, example_inputs: Examples, seed: int, like: tuple[torch.dtype, torch.device], attempt: Attempt
 ) -> Sampler:
     """Raises FxrepError where the arguments do not fit, or cannot be told."""
-    signature = inspect.signature(model.forward)
+    signature = _signature(model)
     if example_inputs is None:
         known = _known(model, {})
         return Sampler(
@@ -177,6 +177,16 @@ def sampler(
         raise FxrepError(f"{type(model).__name__} does not run on example_inputs ({own}): {error}")
     known = _known(model, own.arguments)
     return Sampler(own, known if isinstance(known, dict) else {}, seed)
+
+
+def _signature(model: nn.Module) -> inspect.Signature:
+    try:
+        return inspect.signature(model.forward)
+    except ValueError:  # a program of torch.jit.trace has none
+
+        def forward(*args: Any) -> None: ...
+
+        return inspect.signature(forward)
 
 
 def _bound(model: nn.Module, signature: inspect.Signature, examples: Examples) -> dict[str, Any]:
