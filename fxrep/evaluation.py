@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -91,7 +91,7 @@ def _number(node: Kernel, leaf_value: LeafValue, values: list[Tensor], like: Ten
     return node._compute(*values)
 
 
-def _count_readers(order: list[Kernel]) -> dict[int, int]:
+def _count_readers(order: Sequence[Kernel]) -> dict[int, int]:
     count = {id(node): 0 for node in order}
     for node in order:
         for operand in node.operands:
@@ -99,5 +99,5 @@ def _count_readers(order: list[Kernel]) -> dict[int, int]:
     return count
 
 
-def _device(order: list[Kernel]) -> torch.device:
+def _device(order: Sequence[Kernel]) -> torch.device:
     return next((n.tensor.device for n in order if isinstance(n, Leaf)), torch.device("cpu"))

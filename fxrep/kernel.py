@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from itertools import product
 
 import torch
@@ -37,6 +38,11 @@ class Kernel:
             elif isinstance(value, tuple):
                 found += [k for k in value if isinstance(k, Kernel)]
         object.__setattr__(self, "operands", tuple(found))
+
+    @cached_property
+    def below(self) -> tuple[Kernel, ...]:
+        """All that it is computed from, operands before users, each once."""
+        return tuple(_ordered(self.operands))
 
     def _compute(self, *values: Tensor) -> Tensor:
         raise NotImplementedError
@@ -296,11 +302,19 @@ def take(kernel: Kernel, index: tuple[int, ...]) -> Kernel:
 
 def leaves(*kernels: Kernel | None) -> Iterator[Leaf]:
     """Every distinct leaf under `kernels`, in a fixed order."""
-    return (node for node in topological(kernels) if isinstance(node, Leaf))
+    orders = (topological((k,)) for k in kernels if k is not None)
+    return iter({id(node): node for order in orders for node in order if isinstance(node, Leaf)}.values())
 
 
-def topological(kernels: Sequence[Kernel | None]) -> list[Kernel]:
-    """Operands before users, each node once; iterative, since a fold may be deeper than Python's stack."""
+def topological(kernels: Sequence[Kernel | None]) -> Sequence[Kernel]:
+    """Operands before users, each node once."""
+    if len(kernels) == 1 and kernels[0] is not None:
+        return (*kernels[0].below, kernels[0])
+    return _ordered(kernels)
+
+
+def _ordered(kernels: Sequence[Kernel | None]) -> list[Kernel]:
+    """Iterative, since a fold may be deeper than Python's stack."""
     order: list[Kernel] = []
     done: set[int] = set()
     todo = [k for k in reversed(kernels) if k is not None]
