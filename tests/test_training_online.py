@@ -128,6 +128,15 @@ def test_it_is_not_pickled_and_its_state_dict_is_the_models():
     assert relative_error(online(x), other(x)) < EXACT
 
 
+def test_tied_and_unused_layers_stay_in_the_state_dict():
+    net = nn.Sequential(*(Sum(4, scaled(4, 4, 3, trains=True), scaled(4, 4, 1)) for _ in range(2))).double()
+    net[0].branches[0][0].weight = net[1].branches[0][0].weight
+    net[0].spare = nn.Conv2d(4, 4, 1).double()
+    online = fxrep.online(net)
+    assert online.state_dict().keys() == net.state_dict().keys()
+    agree(net, online)
+
+
 def test_it_keeps_less_for_the_backward_pass():
     net = Sum(4, *(scaled(4, 4, k, trains=True) for k in (3, 3, 1)), Scale(4, trains=True), norm=False).double()
     x = torch.randn(2, 4, 32, 32, dtype=torch.float64)

@@ -56,7 +56,7 @@ def _write(pipeline: Pipeline) -> tuple[GraphModule, Report]:
     while refused := list(by_present_values(pipeline)):
         pipeline.decline(refused)
     result, report = pipeline.rewrite(writer=OnlineRewriter)
-    _restore_owners(result, dict(pipeline.traced.root.named_modules()))
+    _restore_owners(result, dict(pipeline.traced.root.named_modules(remove_duplicate=False)))
     _forget_in_state(result, {name for name, _ in pipeline.traced.root.named_buffers(remove_duplicate=False)})
     after = Counter(report.after)  # without the online layers, which are of none of the types that are counted
     after.update(kind_of_emit(m.emit, m.dims) for m in result.modules() if isinstance(m, OnlineLayer))
@@ -64,10 +64,13 @@ def _write(pipeline: Pipeline) -> tuple[GraphModule, Report]:
 
 
 def _restore_owners(result: GraphModule, modules: Mapping[str, nn.Module]) -> None:
-    """Layers whose tensors are read, as they were: fx makes of them holders of the read tensors alone."""
-    for path in {str(n.target).rpartition(".")[0] for n in result.graph.find_nodes(op="get_attr")}:
-        if path in modules and path and not list(modules[path].children()):
-            result.set_submodule(path, modules[path])
+    """Layers as they were: fx makes of those whose tensors are read holders of the read tensors alone, and leaves out
+    those that nothing reads, such as the second name of a tied weight."""
+    read = {str(n.target).rpartition(".")[0] for n in result.graph.find_nodes(op="get_attr")}
+    there = dict(result.named_modules(remove_duplicate=False))
+    for path, module in modules.items():
+        if path and not list(module.children()) and (path in read or (path not in there and module.state_dict())):
+            result.add_submodule(path, module)
 
 
 def _forget_in_state(result: GraphModule, known: Collection[str]) -> None:
