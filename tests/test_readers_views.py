@@ -112,6 +112,13 @@ def heads(m: Any, x: Tensor) -> Tensor:
     return m.again((qkv[0].transpose(1, 2) @ qkv[1]).softmax(-1) @ x)
 
 
+def sized_by_each_other(m: Any, x: Tensor) -> Tensor:
+    """A value that is looked through for its numbers, and asked for its size."""
+    y = m.bn(m.linear(x).flatten(0, 1)).reshape_as(x)
+    z = m.bn_again(y.flatten(0, 1)).reshape_as(y)
+    return m.bn(z.flatten(0, 1)).reshape_as(z) + y.sigmoid()
+
+
 def not_moved_back(m: Any, x: Tensor) -> Tensor:
     return m.bn(m.linear(x).transpose(1, 2))
 

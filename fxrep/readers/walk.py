@@ -20,6 +20,7 @@ from fxrep.form import AffineForm
 from fxrep.kernel import Kernel
 from fxrep.readers.registry import Call, Facts, SizesOf, base_name, find, find_shape_rule
 from fxrep.readers.sizes import note_number
+from fxrep.readers.views import LIKE_ANOTHER
 from fxrep.shapes import Dim, Shape, Shapes, Size, multiplied, shifted
 
 LATER_KNOWN = ("shape-unknown", "rank-unknown", "broadcast")  # refusals that a later op's facts may lift
@@ -195,6 +196,8 @@ def _bypassed(graph: Graph, found: Mapping[str, AffineForm]) -> frozenset[str]:
         if not is_op or not node.users:
             continue
         read = [seen.get(u.name) or (frozenset(found[u.name].sources) if u.name in found else None) for u in node.users]
+        if any(base_name(u.target) in LIKE_ANOTHER and u.args[0] is not node for u in node.users):
+            continue  # its size is asked for
         through = frozenset().union(*(r for r in read if r is not None))
         if None not in read and node.name not in through:
             seen[node.name] = through
