@@ -5,14 +5,14 @@
 
 The python blocks of one document share a namespace, in order. Where a ```text block follows one directly, it must be
 what that block prints (`...` stands for anything). A block after `<!-- needs: PACKAGE -->` is left out, aloud, where
-the package is not installed.
+the package cannot be imported.
 """
 
 from __future__ import annotations
 
 import argparse
 import doctest
-import importlib.util
+import importlib
 import io
 import re
 import subprocess
@@ -52,8 +52,9 @@ def blocks(text: str, kind: str) -> list[Block]:
 def run_document(path: Path) -> None:
     main = sys.modules["__main__"] = ModuleType("__main__")
     for block in blocks(path.read_text(encoding="utf-8"), "python"):
-        if block.needs and importlib.util.find_spec(block.needs) is None:
-            print(f"  {path}:{block.line + 1} NOT RUN: {block.needs} is not installed", flush=True)
+        missing = block.needs and why_missing(block.needs)
+        if missing:
+            print(f"  {path}:{block.line + 1} NOT RUN: {missing}", flush=True)
             continue
         print(f"  {path}:{block.line + 1}", flush=True)
         # The blank lines make line numbers, in tracebacks and for inspect, those of the document.
@@ -61,6 +62,14 @@ def run_document(path: Path) -> None:
         with redirect_stdout(io.StringIO()) as printed:
             exec(code, vars(main))
         check_printed(f"{path}:{block.line + 1}", block.prints, printed.getvalue())
+
+
+def why_missing(package: str) -> str:
+    try:
+        importlib.import_module(package)
+    except Exception as error:  # or it lacks a library of the system's
+        return f"{package} cannot be imported ({error})"
+    return ""
 
 
 def check_printed(where: str, said: str | None, printed: str) -> None:
