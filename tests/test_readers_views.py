@@ -114,9 +114,10 @@ def heads(m: Any, x: Tensor) -> Tensor:
 
 def sized_by_each_other(m: Any, x: Tensor) -> Tensor:
     """A value that is looked through for its numbers, and asked for its size."""
-    y = m.bn(m.linear(x).flatten(0, 1)).reshape_as(x)
+    first = m.linear(x)
+    y = m.bn(first.flatten(0, 1)).reshape_as(first)
     z = m.bn_again(y.flatten(0, 1)).reshape_as(y)
-    return m.bn(z.flatten(0, 1)).reshape_as(z) + y.sigmoid()
+    return m.bn_last(z.flatten(0, 1)).reshape_as(z).sigmoid() + y.sigmoid()
 
 
 def not_moved_back(m: Any, x: Tensor) -> Tensor:
@@ -148,6 +149,7 @@ OTHERS = [
     regrouped,
     halves,
     heads,
+    sized_by_each_other,
     not_moved_back,
     moved_elsewhere,
     read_between,
@@ -158,8 +160,8 @@ OTHERS = [
 
 def parts() -> dict[str, nn.Module]:
     return {
-        "linear": linear(), "again": linear(), "bn": bn(dims=1), "bn_again": bn(dims=1), "wide": linear(4, 8),
-        "flatten": nn.Flatten(0, 1),
+        "linear": linear(), "again": linear(), "bn": bn(dims=1), "bn_again": bn(dims=1), "bn_last": bn(dims=1),
+        "wide": linear(4, 8), "flatten": nn.Flatten(0, 1),
     }  # fmt: skip
 
 
