@@ -63,6 +63,12 @@ class Emit:
         return not (self.is_pass or self.is_pad or self.is_pool)
 
     @property
+    def numbers(self) -> int:
+        """How many numbers it stores. Of one that stands in the code alone there is nothing to save."""
+        stored = (k for k in self.kernels if k is not None) if self.stores else ()
+        return sum(prod(k.shape) for k in stored if k.shape or any(True for _ in K.leaves(k)))
+
+    @property
     def pads_by_channel(self) -> bool:
         """Whether what is inserted differs from channel to channel, which no layer offers."""
         op = self.operator
@@ -238,23 +244,26 @@ class Sizes:
 
 
 class Effort(NamedTuple):
-    """What no plan may raise: calls of layers and of additions, multiply-adds and weights of the layers."""
+    """What no plan may raise: calls of layers and of additions, multiply-adds and weights of the layers; and, in all,
+    the numbers that are stored: a value may raise those where others make up for it, and so only a `lean` one may not.
+    """
 
     layers: float
     additions: float
     macs: float
     weights: float
+    numbers: float
 
-    def beyond(self, other: Effort) -> str:
+    def beyond(self, other: Effort, lean: bool = False) -> str:
         """What of it is more, like `7,225,344 multiply-adds (apart 1,024)`."""
-        return ", ".join(f"{a:,.0f} {name} (apart {b:,.0f})" for a, b, name in self._more(other))
+        return ", ".join(f"{a:,.0f} {name} (apart {b:,.0f})" for a, b, name in self._more(other, lean))
 
-    def exceeds(self, other: Effort) -> bool:
-        return any(True for _ in self._more(other))
+    def exceeds(self, other: Effort, lean: bool = False) -> bool:
+        return any(True for _ in self._more(other, lean))
 
-    def _more(self, other: Effort) -> Iterator[tuple[float, float, str]]:
-        names = "layers", "additions", "multiply-adds", "weights"
-        return (row for row in zip(self, other, names, strict=True) if row[0] > row[1] * (1 + ROUNDING))
+    def _more(self, other: Effort, lean: bool) -> Iterator[tuple[float, float, str]]:
+        names = ("layers", "additions", "multiply-adds", "weights", *(("stored numbers",) if lean else ()))
+        return (row for row in zip(self, other, names) if row[0] > row[1] * (1 + ROUNDING))  # noqa: B905
 
 
 def total(efforts: Iterable[Effort]) -> Effort:
@@ -297,7 +306,8 @@ class Pricer:
         layers = [e for e in recipe.emits if e.operator and e.stores and (written or not e.operator.averages)]
         works = [w for e in layers for w in self._term(e, dims, result, of)]
         weights = sum(w.weights for w in works)
-        return Effort(len(layers), recipe.additions + recipe.shifts, sum(w.macs for w in works), weights)
+        numbers = sum(e.numbers for e in recipe.emits) if written else _numbers_behind(recipe.form)
+        return Effort(len(layers), recipe.additions + recipe.shifts, sum(w.macs for w in works), weights, numbers)
 
     def works(self, recipe: Recipe, out: Shape, of: Callable[[str], Shape]) -> list[Work]:
         dims = recipe.dims or 0
@@ -328,6 +338,11 @@ class Pricer:
             yield Work(elements=2 * elements, steps=1)
             return
         yield from _convolution(emit.operator, elements, read, result)
+
+
+def _numbers_behind(form: AffineForm) -> int:
+    """How many numbers of the model a form is computed from."""
+    return sum({id(leaf.tensor): leaf.tensor.numel() for leaf in K.leaves(*form.kernels)}.values())
 
 
 def _convolution(op: AffineConv, elements: float, read: tuple[int, ...], result: tuple[int, ...]) -> Iterator[Work]:

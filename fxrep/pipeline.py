@@ -63,13 +63,16 @@ class Pipeline:
         return layer_names(self.plan, self.nodes, self.traced.modules, self.keys)
 
     def _plan(self) -> None:
-        """Plans, and plans anew while the network would hold more numbers than before."""
+        """Plans, and plans anew while the network would hold more numbers than before: with what grows kept lean, or,
+        where that was of no use, as it is."""
         self.plan = self.make_plan(self.problem)
         while grown := list(self._growing()):
-            self._fix(grown)
+            lean = self.problem.lean
+            self._fix(Refusal(d.at, "costs-more", fact) for d, fact in grown if d.at in lean)
+            self.problem = replace(self.problem, lean=lean.union(n for d, _ in grown for n in d.replaced))
             self.plan = self.make_plan(self.problem)
 
-    def _growing(self) -> Iterator[Refusal]:
+    def _growing(self) -> Iterator[tuple[Decision, str]]:
         return growing(self.plan, self.readings.forms, self._kept() if self.counts_copies else None, self.keys)
 
     def _kept(self) -> set[int]:
@@ -85,7 +88,7 @@ class Pipeline:
     def _fix(self, refusals: Iterable[Refusal]) -> None:
         told = {r.node: r for r in refusals}
         self.refused += told.values()
-        assert not told.keys() <= self.problem.fixed.keys(), "what is fixed is never refused again"
+        assert told.keys().isdisjoint(self.problem.fixed), "what is fixed is never refused again"
         fixed = {**self.problem.fixed, **{node: (r.code, r.reason) for node, r in told.items()}}
         self.problem = replace(self.problem, fixed=fixed)
 

@@ -27,6 +27,8 @@ class Problem:
     sizes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     #: values that somebody reads who needs them contiguous, or would copy them
     dense: frozenset[str] = frozenset()
+    #: values that may not store more numbers than what they replace does: nothing else makes up for them
+    lean: frozenset[str] = frozenset()
 
 
 #: Raises Illegal for a recipe that may not be taken.

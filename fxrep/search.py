@@ -121,7 +121,8 @@ class _Search:
         saved = fsum((*(state.costs[r] for r in replaced), *(-c.cost for c in chosen.values())))
         fewer = sum(state.recipes[r].steps for r in replaced) - sum(c.steps for c in chosen.values())
         effort = total(state.effort(r, c.recipe) for r, c in chosen.items())
-        if fewer <= 0 or saved < 0 or effort.exceeds(total(state.efforts[r] for r in replaced)):
+        lean = any(map(self._is_lean, chosen))
+        if fewer <= 0 or saved < 0 or effort.exceeds(total(state.efforts[r] for r in replaced), lean):
             return set()
         touched = {r for reader, candidate in chosen.items() for r in state.accept(reader, candidate)}
         return self._concerned(touched | set(chosen))
@@ -140,7 +141,7 @@ class _Search:
             return set()
         recipe, cost, equal = self._priced(layer, form)
         apart = total(state.efforts[n] for n in (node, pool, layer))
-        if isinstance(recipe, Illegal) or state.effort(layer, recipe).exceeds(apart):
+        if isinstance(recipe, Illegal) or state.effort(layer, recipe).exceeds(apart, self._is_lean(node)):
             return set()
         if cost > state.costs[layer] + state.costs[node]:
             return set()
@@ -232,12 +233,16 @@ class _Search:
             total((self.state.effort(node, s.recipe), *(self.state.efforts[g] for g in candidate.gone - s.gone)))
             for s in within
         )
-        exceeded = next((e for e in (apart, *beside) if whole.exceeds(e)), None)
+        lean = self._is_lean(node)
+        exceeded = next((e for e in (apart, *beside) if whole.exceeds(e, lean)), None)
         if exceeded is None:
             return False
-        fact = f"as one {candidate.recipe.describe()} it would need {whole.beyond(exceeded)}"
+        fact = f"as one {candidate.recipe.describe()} it would need {whole.beyond(exceeded, lean)}"
         self._refuse(node, "costs-more", fact, APART)
         return True
+
+    def _is_lean(self, node: str) -> bool:
+        return self.state.hosts.get(node, node) in self.problem.lean
 
     def _candidates(self, node: str) -> Iterable[Candidate]:
         anchors = [s for s in self.state.sources(node) if s in self.state.recipes]

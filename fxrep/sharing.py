@@ -5,13 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
-from math import prod
 from typing import Any
 
 from torch import Tensor
 
 from fxrep import kernel as K
-from fxrep.errors import Refusal
 from fxrep.form import AffineForm
 from fxrep.frozen import arguments
 from fxrep.kernel import Kernel
@@ -81,8 +79,10 @@ class Keys:
         return self.known.setdefault(content, len(self.known))
 
 
-def growing(plan: Plan, forms: Mapping[str, AffineForm], kept: Collection[int] | None, keys: Keys) -> Iterator[Refusal]:
-    """The decisions that store more numbers than they free, if the plan as a whole does.
+def growing(
+    plan: Plan, forms: Mapping[str, AffineForm], kept: Collection[int] | None, keys: Keys
+) -> Iterator[tuple[Decision, str]]:
+    """The decisions that store more numbers than they free, if the plan as a whole does, and how many.
 
     Equal layers are stored once: decisions that have one, or a tensor, in common are judged together. A weight that
     several calls share, with another scale after each, needs a copy for each. It counts as freed by each call; or,
@@ -94,7 +94,7 @@ def growing(plan: Plan, forms: Mapping[str, AffineForm], kept: Collection[int] |
     for decisions, stored, freed in groups:
         if stored > freed:
             fact = f"it would store {stored:,} numbers in the place of {freed:,}"
-            yield from (Refusal(d.at, "costs-more", fact) for d in decisions)
+            yield from ((decision, fact) for decision in decisions)
 
 
 def _groups(
@@ -125,14 +125,7 @@ def _numbers(forms: Iterable[AffineForm]) -> dict[int, int]:
 def _stored(decision: Decision, keys: Keys) -> dict[Any, int]:
     """How many numbers each new layer of a decision holds, by its key."""
     written = (e for e in decision.recipe.emits if e.stores)
-    return {("layer", keys.of_emit(e)): sum(map(_size, e.kernels)) for e in written}
-
-
-def _size(kernel: Kernel | None) -> int:
-    """Of a number of the code alone there is nothing to save."""
-    if kernel is None or not (kernel.shape or any(True for _ in K.leaves(kernel))):
-        return 0
-    return prod(kernel.shape)
+    return {("layer", keys.of_emit(e)): e.numbers for e in written}
 
 
 def _connected(belongings: Mapping[str, set[Any]]) -> list[list[str]]:

@@ -68,19 +68,22 @@ def read_graph(
     """Reads every node, operands first. `ranks` gives the number of axes of placeholders, where it is known, and `told`
     what the graph itself says of shapes and sizes.
 
-    What a later op tells of an earlier value (its channels, its axes) may let an earlier op be read: then once more.
+    What a later op tells of an earlier value (its channels, its axes) may let an earlier op be read: then once more,
+    until no more is told.
     """
-    first = _read_once(graph, modules, Shapes(ranks=dict(ranks or {})), told)
-    known = first.facts.shapes
-    _learn_from_parts(first.facts)
-    taken = {root: rank for root, rank in first.facts.assumed.items() if root not in known.ranks}
-    first.facts.assumed = taken
-    sizes_read = any(isinstance(value, (Size, SizesOf, tuple)) for value in first.facts.scalars.values())
-    if not taken and not sizes_read and not any(r.code in LATER_KNOWN for r in first.refusals.values()):
-        return first
-    second = _read_once(graph, modules, Shapes(ranks=known.ranks | taken, sizes=known.sizes), told)
-    second.facts.assumed = taken
-    return second
+    known, assumed = Shapes(ranks=dict(ranks or {})), dict[str, int]()
+    while True:
+        before = known.ranks.copy(), known.sizes.copy()
+        readings = _read_once(graph, modules, known, told)
+        facts = readings.facts
+        _learn_from_parts(facts)
+        taken = {root: rank for root, rank in facts.assumed.items() if root not in known.ranks}
+        facts.assumed = assumed = assumed | taken
+        sizes_read = any(isinstance(value, (Size, SizesOf, tuple)) for value in facts.scalars.values())
+        is_open = taken or sizes_read or any(r.code in LATER_KNOWN for r in readings.refusals.values())
+        if not is_open or before == (known.ranks | taken, known.sizes):
+            return readings
+        known = Shapes(ranks=known.ranks | taken, sizes=known.sizes.copy())
 
 
 def _learn_from_parts(facts: Facts) -> None:
