@@ -106,6 +106,12 @@ def asked_for_its_shape(m: Any, x: Tensor) -> Tensor:
     return m.second(rows.reshape_as(v))
 
 
+def asked_twice_for_its_shape(m: Any, x: Tensor) -> Tensor:
+    """The first view back is looked through, and yet asked for its shape by the second."""
+    v = m.bn(x.flatten(0, -2)).reshape_as(x)
+    return m.second(m.other(v.flatten(0, -2)).reshape_as(v))
+
+
 def padded_unevenly_and_written(m: Any, x: Tensor) -> Tensor:
     """What the pad reads is written before the last layer; what the pad wrote is not."""
     v = m.last(m.second(m.first(F.pad(x, [0, 0, 1, 2])) + m.shift))
@@ -124,6 +130,8 @@ def of_one_weight(m: Any, x: Tensor) -> Tensor:
     [
         (asked_for_its_shape, lambda: {"first": nn.Linear(4, 4, bias=False), "bn": nn.BatchNorm1d(4),
                                        "second": nn.Linear(4, 4, bias=False)}, (3, 5, 4), "linear"),
+        (asked_twice_for_its_shape, lambda: {"bn": nn.BatchNorm1d(4), "other": nn.BatchNorm1d(4),
+                                             "second": nn.Linear(4, 4)}, (3, 5, 4), "linear"),
         (padded_unevenly_and_written, lambda: {"first": nn.Conv2d(4, 8, (4, 1), stride=2, groups=2, bias=False),
                                                "shift": torch.randn(1, 8, 1, 1),
                                                "second": nn.Conv2d(8, 8, 1, bias=False),
@@ -131,7 +139,7 @@ def of_one_weight(m: Any, x: Tensor) -> Tensor:
         (of_one_weight, lambda: {"first": nn.Conv2d(4, 4, (3, 1), padding=(1, 0), padding_mode="circular")},
          (2, 4, 7, 5), "conv"),
     ],
-    ids=["asked for its shape", "padded unevenly and written", "of one weight"],
+    ids=["asked for its shape", "asked twice for its shape", "padded unevenly and written", "of one weight"],
 )  # fmt: skip
 def test_one_pass_finds_what_a_second_would(
     body: Callable[..., Any], parts: Callable[[], dict[str, Any]], shape: tuple[int, ...], left: str
