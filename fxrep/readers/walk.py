@@ -191,11 +191,9 @@ def is_bypass(node: Node, readings: Readings) -> bool:
 def _bypassed(graph: Graph, found: Mapping[str, AffineForm]) -> frozenset[str]:
     """The ops that no form reads, all of whose users are forms or such ops; `seen` is what is read through each.
 
-    Their own form, if they have one, is of no use: whoever reads them looks through. But for their size alone: then
-    what they are made of must be there, and the reader does not read that.
+    Their own form, if they have one, is of no use: whoever reads them looks through.
     """
     seen: dict[str, frozenset[str]] = {}
-    places = {node.name: i for i, node in enumerate(graph.nodes)}
     for node in reversed(graph.nodes):
         is_op = node.op in ("call_function", "call_method") or (node.op == "call_module" and node.name in found)
         if not is_op or not node.users:
@@ -204,24 +202,9 @@ def _bypassed(graph: Graph, found: Mapping[str, AffineForm]) -> frozenset[str]:
         if any(base_name(u.target) in LIKE_ANOTHER and u.args[0] is not node for u in node.users):
             continue  # its size is asked for
         through = frozenset().union(*(r for r in read if r is not None))
-        if None in read or node.name in through:
-            continue
-        if node.name not in found or all(_is_made_of(node, r, places) for r in read if r is not None):
+        if None not in read and node.name not in through:
             seen[node.name] = through
     return frozenset(seen)
-
-
-def _is_made_of(node: Node, read: frozenset[str], places: Mapping[str, int]) -> bool:
-    """Whether it is computed from nothing but what is `read`."""
-    first = min((places[r] for r in read), default=0)
-    todo, seen = [node], {node}
-    while todo:
-        operands = [n for n in todo.pop().all_input_nodes if n.name not in read and n not in seen]
-        if any(places[n.name] < first for n in operands):
-            return False
-        todo += operands
-        seen |= set(operands)
-    return True
 
 
 def is_hooked(module: nn.Module) -> bool:
