@@ -63,10 +63,10 @@ class Emit:
         return not (self.is_pass or self.is_pad or self.is_pool)
 
     @property
-    def numbers(self) -> int:
-        """How many numbers it stores. Of one that stands in the code alone there is nothing to save."""
+    def numbers(self) -> dict[int, int]:
+        """How many numbers it stores, by kernel. Of one that stands in the code alone there is nothing to save."""
         stored = (k for k in self.kernels if k is not None) if self.stores else ()
-        return sum(prod(k.shape) for k in stored if k.shape or any(True for _ in K.leaves(k)))
+        return {id(k): prod(k.shape) for k in stored if k.shape or any(True for _ in K.leaves(k))}
 
     @property
     def pads_by_channel(self) -> bool:
@@ -120,6 +120,11 @@ class Recipe:
     def has_zeros(self) -> bool:
         """Whether a kernel of it is zero somewhere by construction."""
         return any(has_zeros(e.operator.weight) for e in self.emits if e.operator is not None)
+
+    @property
+    def numbers(self) -> int:
+        """How many numbers it stores; what several terms have in common once."""
+        return sum({key: size for e in self.emits for key, size in e.numbers.items()}.values())
 
     def describe(self) -> str:
         """Like `Conv2d(64, 64, k3x3 s1 p1)`, or a sum of such."""
@@ -244,26 +249,23 @@ class Sizes:
 
 
 class Effort(NamedTuple):
-    """What no plan may raise: calls of layers and of additions, multiply-adds and weights of the layers; and, in all,
-    the numbers that are stored: a value may raise those where others make up for it, and so only a `lean` one may not.
-    """
+    """What no plan may raise: calls of layers and of additions, multiply-adds and weights of the layers."""
 
     layers: float
     additions: float
     macs: float
     weights: float
-    numbers: float
 
-    def beyond(self, other: Effort, lean: bool = False) -> str:
+    def beyond(self, other: Effort) -> str:
         """What of it is more, like `7,225,344 multiply-adds (apart 1,024)`."""
-        return ", ".join(f"{a:,.0f} {name} (apart {b:,.0f})" for a, b, name in self._more(other, lean))
+        return ", ".join(f"{a:,.0f} {name} (apart {b:,.0f})" for a, b, name in self._more(other))
 
-    def exceeds(self, other: Effort, lean: bool = False) -> bool:
-        return any(True for _ in self._more(other, lean))
+    def exceeds(self, other: Effort) -> bool:
+        return any(True for _ in self._more(other))
 
-    def _more(self, other: Effort, lean: bool) -> Iterator[tuple[float, float, str]]:
-        names = ("layers", "additions", "multiply-adds", "weights", *(("stored numbers",) if lean else ()))
-        return (row for row in zip(self, other, names) if row[0] > row[1] * (1 + ROUNDING))  # noqa: B905
+    def _more(self, other: Effort) -> Iterator[tuple[float, float, str]]:
+        names = "layers", "additions", "multiply-adds", "weights"
+        return (row for row in zip(self, other, names, strict=True) if row[0] > row[1] * (1 + ROUNDING))
 
 
 def total(efforts: Iterable[Effort]) -> Effort:
@@ -306,8 +308,7 @@ class Pricer:
         layers = [e for e in recipe.emits if e.operator and e.stores and (written or not e.operator.averages)]
         works = [w for e in layers for w in self._term(e, dims, result, of)]
         weights = sum(w.weights for w in works)
-        numbers = sum(e.numbers for e in recipe.emits) if written else _numbers_behind(recipe.form)
-        return Effort(len(layers), recipe.additions + recipe.shifts, sum(w.macs for w in works), weights, numbers)
+        return Effort(len(layers), recipe.additions + recipe.shifts, sum(w.macs for w in works), weights)
 
     def works(self, recipe: Recipe, out: Shape, of: Callable[[str], Shape]) -> list[Work]:
         dims = recipe.dims or 0
@@ -340,7 +341,7 @@ class Pricer:
         yield from _convolution(emit.operator, elements, read, result)
 
 
-def _numbers_behind(form: AffineForm) -> int:
+def numbers_behind(form: AffineForm) -> int:
     """How many numbers of the model a form is computed from."""
     return sum({id(leaf.tensor): leaf.tensor.numel() for leaf in K.leaves(*form.kernels)}.values())
 

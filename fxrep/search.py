@@ -4,7 +4,7 @@ legal and not dearer. Works on forms and shapes; no tensors (but where a padding
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 from itertools import combinations
 from math import fsum, inf
 
@@ -57,10 +57,9 @@ def make_plan(problem: Problem, aim: Aim, strict: bool = False, legal: Legal = l
     return search.state.plan(search.refusals.values())
 
 
-def _is_float(recipe: Recipe) -> bool:
-    """Whether the result is certainly a float: scales of plain numbers might act on integers."""
-    scales = [e for e in recipe.emits if not (e.is_pass or e.is_pad)]
-    return recipe.convolutions > 0 or not scales or any(True for e in scales for _ in K.leaves(e.gain, e.bias))
+def _has_floats(recipe: Recipe) -> bool:
+    """Whether it has numbers of the model: those are floats."""
+    return recipe.convolutions > 0 or any(True for e in recipe.emits for _ in K.leaves(e.gain, e.bias))
 
 
 def _why_apart(one: Term, a: Term, b: Term) -> tuple[str, str]:
@@ -113,7 +112,7 @@ class _Search:
             return set()
         chosen: dict[str, Candidate] = {}
         for reader in readers:
-            options = [c for c in self._candidates(reader) if node in c.absorbed and _is_float(c.recipe)]
+            options = [c for c in self._candidates(reader) if node in c.absorbed and self._is_float(c.recipe)]
             if not options:
                 return set()
             chosen[reader] = min(options, key=lambda c: (c.cost, c.steps))
@@ -121,8 +120,10 @@ class _Search:
         saved = fsum((*(state.costs[r] for r in replaced), *(-c.cost for c in chosen.values())))
         fewer = sum(state.recipes[r].steps for r in replaced) - sum(c.steps for c in chosen.values())
         effort = total(state.effort(r, c.recipe) for r, c in chosen.items())
-        lean = any(map(self._is_lean, chosen))
-        if fewer <= 0 or saved < 0 or effort.exceeds(total(state.efforts[r] for r in replaced), lean):
+        recipes = {r: c.recipe for r, c in chosen.items()}
+        if fewer <= 0 or saved < 0 or effort.exceeds(total(state.efforts[r] for r in replaced)):
+            return set()
+        if self._stores_more(recipes, replaced):
             return set()
         touched = {r for reader, candidate in chosen.items() for r in state.accept(reader, candidate)}
         return self._concerned(touched | set(chosen))
@@ -141,9 +142,9 @@ class _Search:
             return set()
         recipe, cost, equal = self._priced(layer, form)
         apart = total(state.efforts[n] for n in (node, pool, layer))
-        if isinstance(recipe, Illegal) or state.effort(layer, recipe).exceeds(apart, self._is_lean(node)):
+        if isinstance(recipe, Illegal) or state.effort(layer, recipe).exceeds(apart):
             return set()
-        if cost > state.costs[layer] + state.costs[node]:
+        if cost > state.costs[layer] + state.costs[node] or self._stores_more({node: recipe}, (layer,)):
             return set()
         candidate = Candidate(recipe, (layer,), frozenset((layer,)), cost, (*noted, *equal))
         self._withdraw(node)
@@ -207,7 +208,7 @@ class _Search:
         smaller: list[Candidate] = []
         for candidate in self._candidates(node):
             fewer = steps + sum(state.recipes[g].steps for g in candidate.gone) - candidate.steps
-            if fewer <= 0 or not _is_float(candidate.recipe) or self._grows(node, candidate, smaller):
+            if fewer <= 0 or not self._is_float(candidate.recipe) or self._grows(node, candidate, smaller):
                 continue
             smaller.append(candidate)
             saved = state.saved((node, *candidate.gone), node, candidate.recipe, candidate.cost)
@@ -223,6 +224,12 @@ class _Search:
             self._note_apart(node, best.recipe.form)
         return best
 
+    def _is_float(self, recipe: Recipe) -> bool:
+        """Whether the result is certainly a float: scales of plain numbers might act on integers."""
+        read = (self.state.recipes.get(source) for source in recipe.form.sources)
+        scales = (e for e in recipe.emits if not (e.is_pass or e.is_pad))
+        return not any(scales) or any(r is not None and _has_floats(r) for r in (recipe, *read))
+
     def _grows(self, node: str, candidate: Candidate, smaller: Iterable[Candidate]) -> bool:
         """Whether there would be more layers, additions, multiply-adds or weights than in what is replaced, or than in
         a smaller candidate and what is replaced beside it: what one merge saves is not for another to spend."""
@@ -233,16 +240,23 @@ class _Search:
             total((self.state.effort(node, s.recipe), *(self.state.efforts[g] for g in candidate.gone - s.gone)))
             for s in within
         )
-        lean = self._is_lean(node)
-        exceeded = next((e for e in (apart, *beside) if whole.exceeds(e, lean)), None)
-        if exceeded is None:
-            return False
-        fact = f"as one {candidate.recipe.describe()} it would need {whole.beyond(exceeded, lean)}"
-        self._refuse(node, "costs-more", fact, APART)
-        return True
+        exceeded = next((e for e in (apart, *beside) if whole.exceeds(e)), None)
+        if exceeded is not None:
+            fact = f"as one {candidate.recipe.describe()} it would need {whole.beyond(exceeded)}"
+            self._refuse(node, "costs-more", fact, APART)
+            return True
+        more = self._stores_more({node: candidate.recipe}, candidate.gone)
+        if more:
+            self._refuse(node, "costs-more", more, APART)
+        return bool(more)
 
-    def _is_lean(self, node: str) -> bool:
-        return self.state.hosts.get(node, node) in self.problem.lean
+    def _stores_more(self, recipes: Mapping[str, Recipe], gone: Iterable[str]) -> str:
+        """That values which must be lean store more numbers than what they replace, if they do."""
+        state = self.state
+        if not any(state.hosts.get(node, node) in self.problem.lean for node in recipes):
+            return ""
+        stored, behind = sum(r.numbers for r in recipes.values()), state.numbers_behind({*recipes, *gone})
+        return f"it would store {stored:,} numbers in the place of {behind:,}" if stored > behind else ""
 
     def _candidates(self, node: str) -> Iterable[Candidate]:
         anchors = [s for s in self.state.sources(node) if s in self.state.recipes]

@@ -125,7 +125,7 @@ def _numbers(forms: Iterable[AffineForm]) -> dict[int, int]:
 def _stored(decision: Decision, keys: Keys) -> dict[Any, int]:
     """How many numbers each new layer of a decision holds, by its key."""
     written = (e for e in decision.recipe.emits if e.stores)
-    return {("layer", keys.of_emit(e)): e.numbers for e in written}
+    return {("layer", keys.of_emit(e)): sum(e.numbers.values()) for e in written}
 
 
 def _connected(belongings: Mapping[str, set[Any]]) -> list[list[str]]:

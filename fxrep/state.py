@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import count
 from math import fsum
@@ -13,7 +13,7 @@ from fxrep.equal import Equal
 from fxrep.errors import Refusal
 from fxrep.form import AffineForm
 from fxrep.frozen import replace
-from fxrep.lower import Effort, Emit, Job, Pricer, Recipe, Sizes
+from fxrep.lower import Effort, Emit, Job, Pricer, Recipe, Sizes, numbers_behind
 from fxrep.parts import ONE, Anchor, Gain, Part, Term, keep_apart
 from fxrep.plan import Decision, Plan, Problem
 from fxrep.shapes import Shape
@@ -113,6 +113,12 @@ class State:
 
     def effort(self, node: str, recipe: Recipe, written: bool = True) -> Effort:
         return self.pricer.effort(recipe, self.shapes[node], self.shapes.__getitem__, written)
+
+    def numbers_behind(self, nodes: Collection[str]) -> int:
+        """How many numbers the model computes values from, with all that is in them and computed for nobody else."""
+        within = {i for n in nodes for i in (n, *self.inlined.get(n, ()))}
+        forms = (self.problem.forms.get(n) for n in within if n in nodes or n in self.removed)
+        return sum(numbers_behind(form) for form in forms if form is not None)
 
     def place(self, node: str) -> int:
         return self.problem.places[self.hosts.get(node, node)]
