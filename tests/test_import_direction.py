@@ -39,6 +39,7 @@ ORDER = (
     "plan",
     "state",
     "siblings",
+    "candidates",
     "search",
     "census",
     "sketch",
