@@ -213,8 +213,15 @@ class Candidates:
             if not self.problem.shapes.same_before(self.state.shapes[node], self.state.shapes[source], 1):
                 raise Illegal("layout", "the axes before the channels were reshaped, and are not reshaped back")
 
-    def is_float(self, recipe: Recipe) -> bool:
-        """Whether the result is certainly a float: scales of plain numbers might act on integers."""
+    def is_float(self, node: str, recipe: Recipe) -> bool:
+        """Whether the result is certainly a float: scales of plain numbers might act on integers.
+
+        A term is one: its sum is.
+        """
         read = (self.state.recipes.get(source) for source in recipe.form.sources)
         scales = (e for e in recipe.emits if not (e.is_pass or e.is_pad))
-        return not any(scales) or any(r is not None and _has_floats(r) for r in (recipe, *read))
+        return (
+            node in self.state.hosts
+            or not any(scales)
+            or any(r is not None and _has_floats(r) for r in (recipe, *read))
+        )

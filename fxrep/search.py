@@ -77,7 +77,7 @@ class _Search(Candidates):
             return set()
         chosen: dict[str, Candidate] = {}
         for reader in readers:
-            options = [c for c in self.candidates(reader) if node in c.absorbed and self.is_float(c.recipe)]
+            options = [c for c in self.candidates(reader) if node in c.absorbed and self.is_float(reader, c.recipe)]
             if not options:
                 return set()
             chosen[reader] = min(options, key=lambda c: (c.cost, c.steps))
@@ -173,7 +173,7 @@ class _Search(Candidates):
         smaller: list[Candidate] = []
         for candidate in self.candidates(node):
             fewer = steps + sum(state.recipes[g].steps for g in candidate.gone) - candidate.steps
-            if fewer <= 0 or not self.is_float(candidate.recipe) or self._grows(node, candidate, smaller):
+            if fewer <= 0 or not self.is_float(node, candidate.recipe) or self._grows(node, candidate, smaller):
                 continue
             smaller.append(candidate)
             saved = state.saved((node, *candidate.gone), node, candidate.recipe, candidate.cost)
