@@ -63,13 +63,16 @@ class Pipeline:
         return layer_names(self.plan, self.nodes, self.traced.modules, self.keys)
 
     def _plan(self) -> None:
-        """Plans, and plans anew while the network would hold more numbers than before: with what grows kept lean, or,
-        where that was of no use, as it is."""
+        """Plans, and plans anew while the network would hold more numbers than before, with what grows kept lean; or,
+        where that was of no use and parameters are what counts, as it is."""
         self.plan = self.make_plan(self.problem)
         while grown := list(self._growing()):
-            lean = self.problem.lean
-            self._fix(Refusal(d.at, "costs-more", fact) for d, fact in grown if d.at in lean)
-            self.problem = replace(self.problem, lean=lean.union(n for d, _ in grown for n in d.replaced))
+            before, lean = self.problem.lean, self.problem.lean.union(n for d, _ in grown for n in d.replaced)
+            if self.counts_copies:
+                self._fix(Refusal(d.at, "costs-more", fact) for d, fact in grown if d.at in before)
+            elif lean == before:
+                return
+            self.problem = replace(self.problem, lean=lean)
             self.plan = self.make_plan(self.problem)
 
     def _growing(self) -> Iterator[tuple[Decision, str]]:

@@ -38,6 +38,7 @@ def read_moved(at: Call) -> AffineForm:
         raise Illegal("not-affine", MOVES)
     dims = None if scale.dims is None else -1 - inner.axes[-scale.dims - 1][0].axis
     below = forms.value(inner.source.name)
+    at.facts.layouts.pop(at.node.name, None)  # a value of its own, of which later views are views
     if back != layout_of(at, inner.source).axes:
         below = replace(below, dims=0)
     return below.scale(_gain(part), part.bias, dims)
