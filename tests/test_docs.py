@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import importlib
 import re
+import shlex
 from pathlib import Path
 
 import pytest
 
 import fxrep
+from fxrep.cli import make_parser
 from fxrep.errors import CODES
 
 ROOT = Path(__file__).parents[1]
@@ -49,3 +51,18 @@ def test_every_example_is_short_and_its_output_is_in_the_documents(path: Path):
     if '__name__ == "__main__"' not in text:
         return  # what the scripts share
     assert f'run("{path.name}")' in (ROOT / "docs" / "examples.md").read_text(encoding="utf-8")
+
+
+def test_every_command_in_the_documents_is_one():
+    """What is between the shell's words need not exist here; names of commands, options and choices must."""
+    said = [*ROOT.glob("*.md"), *DOCS]
+    fences = (
+        block
+        for path in said
+        for block in re.findall(r"^```bash\n(.*?)^```", path.read_text(encoding="utf-8"), re.M | re.S)
+    )
+    lines = [line for block in fences for line in block.replace("\\\n", " ").splitlines()]
+    commands = [shlex.split(line, comments=True)[1:] for line in lines if line.startswith("fxrep ")]
+    assert len(commands) >= 6
+    for command in commands:
+        make_parser().parse_args(command)
