@@ -11,9 +11,10 @@ from fxrep.candidates import Candidates
 from fxrep.cost import Aim
 from fxrep.errors import Illegal
 from fxrep.frozen import replace
-from fxrep.lower import Recipe, total
+from fxrep.lower import Recipe
 from fxrep.parts import Anchor
 from fxrep.plan import Legal, Plan, Problem
+from fxrep.pricing import total
 from fxrep.siblings import merge_siblings
 from fxrep.state import Candidate
 

@@ -14,8 +14,9 @@ from typing import Any
 from fxrep import form as forms
 from fxrep.affine import AffineConv
 from fxrep.form import AffineForm
-from fxrep.lower import Emit, Recipe, recipe_of, total
+from fxrep.lower import Emit, Recipe, recipe_of
 from fxrep.parts import ONE, Anchor, Part
+from fxrep.pricing import total
 from fxrep.state import State
 
 

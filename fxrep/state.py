@@ -13,9 +13,10 @@ from fxrep.equal import Equal
 from fxrep.errors import Refusal
 from fxrep.form import AffineForm
 from fxrep.frozen import replace
-from fxrep.lower import Effort, Emit, Job, Pricer, Recipe, Sizes, numbers_behind
+from fxrep.lower import Emit, Recipe
 from fxrep.parts import ONE, Anchor, Gain, Part, Term, keep_apart
 from fxrep.plan import Decision, Plan, Problem
+from fxrep.pricing import Effort, Job, Pricer, Sizes, numbers_behind
 from fxrep.shapes import Shape
 
 

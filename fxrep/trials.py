@@ -9,7 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fxrep.fold import AVERAGE, empty_layer, pad_arguments, pad_mode
-from fxrep.lower import Emit, Job, needs_explicit_pad
+from fxrep.lower import Emit, needs_explicit_pad
+from fxrep.pricing import Job
 from fxrep.stopwatch import Call, take_turns
 
 ROUNDS, BUDGET = 15, 0.5  # of one trial, whichever is over first

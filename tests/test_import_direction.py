@@ -36,6 +36,7 @@ ORDER = (
     "stopwatch",
     "calibration",
     "lower",
+    "pricing",
     "plan",
     "state",
     "siblings",
