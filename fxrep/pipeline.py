@@ -239,6 +239,17 @@ def _problem(
         for operand in node.all_input_nodes:  # the one that reshape_as asks for its size among them
             if not (node.name in readings.forms and is_bypass(operand, readings)):
                 readers[operand.name].add(node.name)
+    through: dict[
+        str, set[str]
+    ] = {}  # by what is looked through: the forms that do, which as they are need all before it
+    for node in reversed(graph.nodes):
+        if not is_bypass(node, readings):
+            continue
+        found = (through.get(u.name, {u.name}) for u in node.users)
+        looking = through[node.name] = {name for names in found for name in names if name in readings.forms}
+        for operand in node.all_input_nodes:
+            if operand.name in readings.forms:
+                readers[operand.name] |= {n for n in looking if operand.name not in readings.forms[n].sources}
     for name in reversed(list(readings.forms)):  # a view that every reader looks through reads nothing itself
         if not readers[name]:
             for source in readings.forms[name].sources:

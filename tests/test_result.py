@@ -112,6 +112,14 @@ def asked_twice_for_its_shape(m: Any, x: Tensor) -> Tensor:
     return m.second(m.other(v.flatten(0, -2)).reshape_as(v))
 
 
+def moved_past_a_copy(m: Any, x: Tensor) -> Tensor:
+    """The norm is looked through down to the first layer; as it is, it needs the copy, which the second does not."""
+    copy = m.first(x).contiguous()
+    normed = m.bn(copy.transpose(1, 2)).transpose(1, 2)
+    batch = F.batch_norm(normed.flatten(0, -2), None, None, training=True).reshape_as(normed)
+    return m.second(copy) + normed + batch
+
+
 def padded_unevenly_and_written(m: Any, x: Tensor) -> Tensor:
     """What the pad reads is written before the last layer; what the pad wrote is not."""
     v = m.last(m.second(m.first(F.pad(x, [0, 0, 1, 2])) + m.shift))
@@ -132,6 +140,8 @@ def of_one_weight(m: Any, x: Tensor) -> Tensor:
                                        "second": nn.Linear(4, 4, bias=False)}, (3, 5, 4), "linear"),
         (asked_twice_for_its_shape, lambda: {"bn": nn.BatchNorm1d(4), "other": nn.BatchNorm1d(4),
                                              "second": nn.Linear(4, 4)}, (3, 5, 4), "linear"),
+        (moved_past_a_copy, lambda: {"first": nn.Linear(4, 4), "bn": nn.BatchNorm1d(4), "second": nn.Linear(4, 4)},
+         (3, 5, 4), "bn"),
         (padded_unevenly_and_written, lambda: {"first": nn.Conv2d(4, 8, (4, 1), stride=2, groups=2, bias=False),
                                                "shift": torch.randn(1, 8, 1, 1),
                                                "second": nn.Conv2d(8, 8, 1, bias=False),
@@ -139,7 +149,8 @@ def of_one_weight(m: Any, x: Tensor) -> Tensor:
         (of_one_weight, lambda: {"first": nn.Conv2d(4, 4, (3, 1), padding=(1, 0), padding_mode="circular")},
          (2, 4, 7, 5), "conv"),
     ],
-    ids=["asked for its shape", "asked twice for its shape", "padded unevenly and written", "of one weight"],
+    ids=["asked for its shape", "asked twice for its shape", "moved past a copy", "padded unevenly and written",
+         "of one weight"],
 )  # fmt: skip
 def test_one_pass_finds_what_a_second_would(
     body: Callable[..., Any], parts: Callable[[], dict[str, Any]], shape: tuple[int, ...], left: str
