@@ -243,7 +243,7 @@ def _problem(
         str, set[str]
     ] = {}  # by what is looked through: the forms that do, which as they are need all before it
     for node in reversed(graph.nodes):
-        if not is_bypass(node, readings):
+        if not is_bypass(node, readings) or node.name in readings.facts.scalars:
             continue
         found = (through.get(u.name, {u.name}) for u in node.users)
         looking = through[node.name] = {name for names in found for name in names if name in readings.forms}
