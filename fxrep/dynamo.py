@@ -19,6 +19,7 @@ from fxrep.mutation import written_inputs
 from fxrep.pipeline import Pipeline
 from fxrep.refolding import DRAFT
 from fxrep.trace import Traced
+from fxrep.trees import named_modules
 
 TRAINABLE = (
     'backend="fxrep" freezes weights, and gradients are wanted: this graph goes to the next backend as it is. '
@@ -91,7 +92,7 @@ class _Frozen:
 def _weights(captured: GraphModule, inputs: Sequence[Any]) -> dict[str, _Weight]:
     """The parameters and buffers among the inputs that the graph does not write, by the names of their nodes."""
     nodes = captured.graph.find_nodes(op="placeholder")
-    written = written_inputs(captured.graph, dict(captured.named_modules(remove_duplicate=False)))
+    written = written_inputs(captured.graph, dict(named_modules(captured)))
     return {
         node.name: _Weight(str(node.target), place, value, value._version, _setting(node, value))
         for place, (node, value) in enumerate(zip(nodes, inputs, strict=True))
@@ -129,7 +130,7 @@ def _collapsed(captured: GraphModule, weights: Mapping[str, _Weight]) -> GraphMo
             copies[node] = graph.node_copy(node, copies.__getitem__)
             if node.op == "placeholder":
                 copies[node]._dynamo_source = getattr(node, "_dynamo_source", None)
-    traced = Traced(root, graph, modules=dict(root.named_modules(remove_duplicate=False)))
+    traced = Traced(root, graph, modules=dict(named_modules(root)))
     device = next(iter(weights.values())).tensor.device.type
     told = told_by(graph, "example_value")
     collapsed = Pipeline("captured", traced, {}, Aim(profile_for(device)), False, told).rewrite()[0]

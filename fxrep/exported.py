@@ -23,6 +23,7 @@ from fxrep.mutation import written_inputs
 from fxrep.pipeline import Pipeline
 from fxrep.readers.walk import attribute_of
 from fxrep.trace import Traced
+from fxrep.trees import named_modules
 
 STATE = (InputKind.PARAMETER, InputKind.BUFFER, InputKind.CONSTANT_TENSOR)
 aten = torch.ops.aten
@@ -33,7 +34,7 @@ SPELLED: dict[Any, Any] = {torch.addcmul: lambda shift, x, gain: x * gain + shif
 def pipeline_of(program: ExportedProgram, aim: Aim, strict: bool) -> Pipeline:
     """The program read and planned. Its parameters, buffers and constants are constants, unless it writes them."""
     root, graph = _unlifted(program)
-    traced = Traced(root, graph, modules=dict(root.named_modules(remove_duplicate=False)))
+    traced = Traced(root, graph, modules=dict(named_modules(root)))
     return Pipeline("ExportedProgram", traced, {}, aim, strict, told_by(graph, "val"))
 
 
@@ -54,7 +55,7 @@ def _unlifted(program: ExportedProgram) -> tuple[nn.Module, Graph]:
     root = nn.Module()
     for name, module in program.graph_module.named_children():  # the bodies of control flow
         root.add_module(name, module)
-    written = written_inputs(graph, dict(root.named_modules(remove_duplicate=False)))
+    written = written_inputs(graph, dict(named_modules(root)))
     state = _state_of(program)
     for node, spec in zip(graph.find_nodes(op="placeholder"), program.graph_signature.input_specs, strict=True):
         node.target = spec.arg.name  # a copied node may be named otherwise
@@ -97,7 +98,7 @@ class _Lift:
         self.fake = torch._guards.detect_fake_mode(values) or FakeTensorMode()
         self.decomposed = not any(_is_composite(n.target) for n in self.old.graph.nodes)
         self.placeholders = {n.name: n for n in self.old.graph.find_nodes(op="placeholder")}
-        self.modules = dict(self.collapsed.named_modules(remove_duplicate=False))
+        self.modules = dict(named_modules(self.collapsed))
         self.tensors = {**_state_of(self.old), **_tensors_of(self.collapsed, self.modules)}
 
     def program(self) -> ExportedProgram:

@@ -29,6 +29,7 @@ from fxrep.rewrite import Rewriter, settles
 from fxrep.search import make_plan
 from fxrep.sharing import Keys, growing
 from fxrep.trace import Traced
+from fxrep.trees import named_modules
 
 
 class Pipeline:
@@ -112,7 +113,7 @@ class Pipeline:
         rewriter = writer(self.graph, self.plan, self.readings, self.modules, folded, self.names())
         collapsed = rewriter.write(self.name)
         sizes = {*self.readings.facts.scalars, *rewriter.numbers}
-        after = census(collapsed.graph, dict(collapsed.named_modules(remove_duplicate=False)), sizes)
+        after = census(collapsed.graph, dict(named_modules(collapsed)), sizes)
         return collapsed, self._report(after, rewriter.names, shown)
 
     def _certified(self, keep: bool) -> dict[str, list[Folded]]:
@@ -239,17 +240,8 @@ def _problem(
         for operand in node.all_input_nodes:  # the one that reshape_as asks for its size among them
             if not (node.name in readings.forms and is_bypass(operand, readings)):
                 readers[operand.name].add(node.name)
-    through: dict[
-        str, set[str]
-    ] = {}  # by what is looked through: the forms that do, which as they are need all before it
-    for node in reversed(graph.nodes):
-        if not is_bypass(node, readings) or node.name in readings.facts.scalars:
-            continue
-        found = (through.get(u.name, {u.name}) for u in node.users)
-        looking = through[node.name] = {name for names in found for name in names if name in readings.forms}
-        for operand in node.all_input_nodes:
-            if operand.name in readings.forms:
-                readers[operand.name] |= {n for n in looking if operand.name not in readings.forms[n].sources}
+    for operand, found in _on_the_way(graph, readings):
+        readers[operand] |= found
     for name in reversed(list(readings.forms)):  # a view that every reader looks through reads nothing itself
         if not readers[name]:
             for source in readings.forms[name].sources:
@@ -264,6 +256,19 @@ def _problem(
         sizes=examples,
         dense=frozenset(n.name for n in graph.nodes if not all(_takes_views(u, modules) for u in n.users)),
     )
+
+
+def _on_the_way(graph: Graph, readings: Readings) -> Iterator[tuple[str, set[str]]]:
+    """Values before what is looked through, and the forms that look past them: as the model has it, they need them."""
+    through: dict[str, set[str]] = {}
+    for node in reversed(graph.nodes):
+        if not is_bypass(node, readings) or node.name in readings.facts.scalars:
+            continue
+        found = (through.get(u.name, {u.name}) for u in node.users)
+        looking = through[node.name] = {name for names in found for name in names if name in readings.forms}
+        for operand in node.all_input_nodes:
+            if operand.name in readings.forms:
+                yield operand.name, {n for n in looking if operand.name not in readings.forms[n].sources}
 
 
 #: Ops that read channels of a larger value as fast as a value of their own, and give a new one: names of classes,

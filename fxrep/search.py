@@ -14,7 +14,7 @@ from fxrep.frozen import replace
 from fxrep.lower import Recipe
 from fxrep.parts import Anchor
 from fxrep.plan import Legal, Plan, Problem
-from fxrep.pricing import total
+from fxrep.pricing import Effort, total
 from fxrep.siblings import merge_siblings
 from fxrep.state import Candidate
 
@@ -86,10 +86,9 @@ class _Search(Candidates):
         saved = fsum((*(state.costs[r] for r in replaced), *(-c.cost for c in chosen.values())))
         fewer = sum(state.recipes[r].steps for r in replaced) - sum(c.steps for c in chosen.values())
         effort = total(state.effort(r, c.recipe) for r, c in chosen.items())
-        recipes = {r: c.recipe for r, c in chosen.items()}
         if fewer <= 0 or saved < 0 or effort.exceeds(total(state.efforts[r] for r in replaced)):
             return set()
-        if self._stores_more(recipes, replaced):
+        if self._stores_more({r: c.recipe for r, c in chosen.items()}, replaced):
             return set()
         touched = {r for reader, candidate in chosen.items() for r in state.accept(reader, candidate)}
         return self._concerned(touched | set(chosen))
@@ -171,12 +170,15 @@ class _Search(Candidates):
         state = self.state
         cost, steps = state.costs[node], state.recipes[node].steps
         best, margin = None, (0.0, 0)
-        smaller: list[Candidate] = []
+        smaller: list[tuple[frozenset[str], Effort]] = []
         for candidate in self.candidates(node):
             fewer = steps + sum(state.recipes[g].steps for g in candidate.gone) - candidate.steps
-            if fewer <= 0 or not self.is_float(node, candidate.recipe) or self._grows(node, candidate, smaller):
+            if fewer <= 0 or not self.is_float(node, candidate.recipe):
                 continue
-            smaller.append(candidate)
+            effort = state.effort(node, candidate.recipe)
+            if self._grows(node, candidate, effort, smaller):
+                continue
+            smaller.append((candidate.gone, effort))
             saved = state.saved((node, *candidate.gone), node, candidate.recipe, candidate.cost)
             tie = TOLERANCE * max(cost, candidate.cost)
             if abs(saved) <= tie:
@@ -190,16 +192,14 @@ class _Search(Candidates):
             self.note_apart(node, best.recipe.form)
         return best
 
-    def _grows(self, node: str, candidate: Candidate, smaller: Iterable[Candidate]) -> bool:
+    def _grows(
+        self, node: str, candidate: Candidate, whole: Effort, smaller: Iterable[tuple[frozenset[str], Effort]]
+    ) -> bool:
         """Whether there would be more layers, additions, multiply-adds or weights than in what is replaced, or than in
         a smaller candidate and what is replaced beside it: what one merge saves is not for another to spend."""
-        whole = self.state.effort(node, candidate.recipe)
-        apart = total(self.state.efforts[n] for n in (node, *candidate.gone))
-        within = [s for s in smaller if s.gone <= candidate.gone]
-        beside = (
-            total((self.state.effort(node, s.recipe), *(self.state.efforts[g] for g in candidate.gone - s.gone)))
-            for s in within
-        )
+        efforts, gone = self.state.efforts, candidate.gone
+        apart = total(efforts[n] for n in (node, *gone))
+        beside = (total((effort, *(efforts[g] for g in gone - own))) for own, effort in smaller if own <= gone)
         exceeded = next((e for e in (apart, *beside) if whole.exceeds(e)), None)
         if exceeded is not None:
             fact = f"as one {candidate.recipe.describe()} it would need {whole.beyond(exceeded)}"

@@ -45,7 +45,8 @@ class State:
         self.order: dict[str, float] = {name: i for i, name in enumerate(problem.forms)}
         self.shapes = dict(problem.shapes.of)
         self.readers = {name: set(users) for name, users in problem.readers.items()}
-        #: by value: what it reads besides the sources of its form, for their sizes, while the model computes it
+        #: by value: what it reads besides the sources of its form while the model computes it, for a size or to look
+        #: through
         self.asked: dict[str, set[str]] = {}
         for name, users in problem.readers.items():
             for user in users:
@@ -217,9 +218,7 @@ class State:
 
     def _term(self, node: str, emit: Emit, part: Part, made: list[str]) -> Emit:
         """The emit as a value of its own, and the emit that passes that value on."""
-        name = f"{node}.{len(made)}"
-        while name in self.recipes:
-            name += "'"
+        name = self._new_name(node)
         made.append(name)
         dims = self.recipes[node].dims
         self.hosts[name] = self.hosts.get(node, node)

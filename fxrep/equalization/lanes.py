@@ -15,6 +15,7 @@ from torch import nn
 from torch.fx import GraphModule, Node
 
 from fxrep.readers import is_hooked
+from fxrep.trees import named_modules
 
 LAYERS: Mapping[Any, int] = MappingProxyType({
     nn.Linear: 0, nn.Conv1d: 1, nn.Conv2d: 2, nn.Conv3d: 3,
@@ -113,7 +114,7 @@ def wiring_of(module: GraphModule) -> Wiring:
 
 class _Walk:
     def __init__(self, module: GraphModule) -> None:
-        self.modules = dict(module.named_modules(remove_duplicate=False))
+        self.modules: dict[str, Any] = dict(named_modules(module))
         calls = [n for n in module.graph.nodes if n.op == "call_module" and type(self.modules[n.target]) in LAYERS]
         self.own = dict(_fixed(module, calls, self.modules))
         self.classes = Classes()

@@ -25,6 +25,7 @@ from fxrep.report import Report
 from fxrep.rewrite import Rewriter
 from fxrep.training.derivation import by_present_values, rewritten_as_it_trains, tell_of_norms
 from fxrep.training.linear import Live, names_of
+from fxrep.trees import named_modules
 
 TRAINS = "branches are folded online as they train, and this network"
 NORMS = "fold it by statistics that stay: eval() on the batch norm, whose scale and shift train all the same"
@@ -56,7 +57,7 @@ def _write(pipeline: Pipeline) -> tuple[GraphModule, Report]:
     while refused := list(by_present_values(pipeline)):
         pipeline.decline(refused)
     result, report = pipeline.rewrite(writer=OnlineRewriter)
-    _restore_owners(result, dict(pipeline.traced.root.named_modules(remove_duplicate=False)))
+    _restore_owners(result, dict(named_modules(pipeline.traced.root)))
     _forget_in_state(result, {name for name, _ in pipeline.traced.root.named_buffers(remove_duplicate=False)})
     after = Counter(report.after)  # without the online layers, which are of none of the types that are counted
     after.update(kind_of_emit(m.emit, m.dims) for m in result.modules() if isinstance(m, OnlineLayer))
@@ -67,7 +68,7 @@ def _restore_owners(result: GraphModule, modules: Mapping[str, nn.Module]) -> No
     """Layers as they were: fx makes of those whose tensors are read holders of the read tensors alone, and leaves out
     those that nothing reads, such as the second name of a tied weight."""
     read = {str(n.target).rpartition(".")[0] for n in result.graph.find_nodes(op="get_attr")}
-    there = dict(result.named_modules(remove_duplicate=False))
+    there = dict(named_modules(result))
     for path, module in modules.items():
         if path and not list(module.children()) and (path in read or (path not in there and module.state_dict())):
             result.add_submodule(path, module)
@@ -115,7 +116,7 @@ class OnlineRewriter(Rewriter):
 
     def _emit(self, folded: Folded, decision: Decision) -> Node:
         leaves, emit = distinct(folded.emit), folded.emit
-        if not leaves and (emit.is_pass or emit.is_pad or emit.is_pool):
+        if not leaves and not emit.stores:
             return super()._emit(folded, decision)
         x = self._anchor(folded, decision)
         name = self._install(OnlineLayer(emit, folded.fill, decision.recipe.dims or 0), emit, decision)
