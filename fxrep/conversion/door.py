@@ -87,7 +87,9 @@ def convert(
 
     The file is written in a folder beside `path`, and moved when its outputs, from its own runtime, are as close to the
     original in float64 as the original is in the file's dtype (the rule of `fxrep.verify`). Otherwise, and after an
-    interrupt, nothing is left. Weights in files of their own are moved first, the file itself last.
+    interrupt, nothing is left. Weights in files of their own are moved first, the file itself last. In ONNX the inputs
+    are called as the forward calls its arguments, the outputs by their keys: `logits`, `maps_0`; `output` or `output_0`
+    where there is no key; `x_1` where an input is called `x`.
 
     Args:
         model: any module; it is not touched.

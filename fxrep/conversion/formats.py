@@ -5,7 +5,8 @@ from __future__ import annotations
 import copy
 import importlib
 import io
-from collections.abc import Callable, Mapping
+import re
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import redirect_stderr
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.export import ExportedProgram
+from torch.export.graph_signature import ConstantArgument, InputKind, OutputKind
+from torch.utils._pytree import tree_unflatten
 
 from fxrep.errors import FxrepError, Unusable
 from fxrep.verification.compare import Leaf, leaves
@@ -118,10 +121,47 @@ def _open_pt2(path: Path, _: nn.Module) -> Runner:
 
 
 def _write_onnx(payload: Payload, path: Path) -> None:
+    from onnx_ir.passes.common import NameFixPass
+
     weights = sum(t.nbytes for t in payload.module.state_dict().values())
-    torch.onnx.export(
-        payload.exported, (), path, dynamo=True, external_data=weights > LARGEST_INSIDE, verbose=False
-    )  # fmt: skip
+    specs = [s for s in payload.exported.graph_signature.input_specs if s.kind == InputKind.USER_INPUT]
+    inputs = [s.arg.name for s in specs if not isinstance(s.arg, ConstantArgument)]  # as the forward names them
+    outputs = names_of(_tensors_out(payload.exported), inputs)
+    program = torch.onnx.export(
+        payload.exported, (), dynamo=True, verbose=False, input_names=inputs, output_names=outputs
+    )
+    assert program is not None, "only the exporter of old gives none"
+    NameFixPass()(program.model)  # a value on the way may be called what an output is called now
+    program.save(path, external_data=weights > LARGEST_INSIDE)
+
+
+def _tensors_out(program: ExportedProgram) -> list[str]:
+    """Paths of the outputs that are tensors; a None is left out. Raises TypeError for another constant."""
+    args = [s.arg for s in program.graph_signature.output_specs if s.kind == OutputKind.USER_OUTPUT]
+    paths = [leaf.path for leaf in leaves(tree_unflatten(range(len(args)), program.call_spec.out_spec))]
+    constants = {p: arg.value for p, arg in zip(paths, args, strict=True) if isinstance(arg, ConstantArgument)}
+    strange = next((f"{path} is {value!r}" for path, value in constants.items() if value is not None), "")
+    if strange:
+        raise TypeError(f"{strange}, and a file of ONNX gives tensors alone")
+    return [path for path in paths if path not in constants]
+
+
+def names_of(paths: Iterable[str], inputs: Iterable[str]) -> list[str]:
+    """What the outputs are called in a file: their keys, and `output` for what has no key, apart from the inputs.
+
+    >>> names_of(["output['logits']", "output['maps'][0]", "output['x']"], ["x"])
+    ['logits', 'maps_0', 'x_1']
+    >>> names_of(["output"], []), names_of(["output[0]", "output[1].mask"], [])
+    (['output'], ['output_0', 'output_1_mask'])
+    """
+    taken, names = set(inputs), []
+    for path in paths:
+        keys = re.findall(r"\w+", path.removeprefix("output"))
+        whole = "_".join(keys if keys and not keys[0].isdecimal() else ["output", *keys])
+        name = next(n for n in (whole, *(f"{whole}_{i}" for i in range(1, len(taken) + 2))) if n not in taken)
+        taken.add(name)
+        names.append(name)
+    return names
 
 
 def _open_onnx(path: Path, _: nn.Module) -> Runner:
@@ -131,10 +171,15 @@ def _open_onnx(path: Path, _: nn.Module) -> Runner:
     options.log_severity_level = 3
     session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
     names = [i.name for i in session.get_inputs()]
+    there = [o.name for o in session.get_outputs()]
 
     def run(case: Case, outputs: list[Leaf]) -> list[Leaf]:
         values = [t.cpu().numpy() for t in case.tensors()]
-        return _named(session.run(None, dict(zip(names, values, strict=True))), outputs)
+        found = dict(zip(there, session.run(there, dict(zip(names, values, strict=True))), strict=True))
+        paths = [o.path for o in outputs if isinstance(o.value, Tensor)]
+        known = dict(zip(paths, names_of(paths, names), strict=True))
+        same = [Leaf(o.path, _tensor(found.pop(known[o.path], None))) if o.path in known else o for o in outputs]
+        return same + [Leaf(f"output {name!r}", _tensor(value)) for name, value in found.items()]
 
     return run
 
@@ -163,9 +208,13 @@ def _open_openvino(path: Path, _: nn.Module) -> Runner:
 
 def _named(values: list[Any], outputs: list[Leaf]) -> list[Leaf]:
     """The arrays of a runtime as the tensors of the original's outputs, which come in the same order."""
-    tensors = iter([torch.from_numpy(v.copy()) for v in values])
+    tensors = map(_tensor, values)
     named = [Leaf(o.path, next(tensors, None)) if isinstance(o.value, Tensor) else o for o in outputs]
     return named + [Leaf(f"output beyond the {len(outputs)} known", t) for t in tensors]
+
+
+def _tensor(value: Any) -> Tensor | None:
+    return None if value is None else torch.from_numpy(value.copy())
 
 
 def _write_state_dict(payload: Payload, path: Path) -> None:
