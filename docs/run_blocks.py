@@ -1,11 +1,17 @@
 """Run the code blocks of Markdown documents, so that what they say stays true.
 
-    python docs/run_blocks.py README.md docs/*.md      every python block; one process per document
-    python docs/run_blocks.py --bash 1 README.md       print the document's first bash block
+    python docs/run_blocks.py README.md docs/*.md           every block; one process per document
+    python docs/run_blocks.py --no-bash README.md           python blocks alone
+    python docs/run_blocks.py --print 1 README.md           print the document's first bash block, to be run elsewhere
 
-The python blocks of one document share a namespace, in order. Where a ```text block follows one directly, it must be
-what that block prints (`...` stands for anything). A block after `<!-- needs: PACKAGE -->` is left out, aloud, where
-the package cannot be imported.
+Each document is run in a copy of the repository. Its python blocks share a namespace, in order; its bash blocks are
+scripts with a limit of time, in which pip resolves and builds but installs nothing. Where a ```text block follows one
+directly, it must be what that block prints (`...` stands for anything). A title, which the site shows, says more:
+
+    ```python title="nets.py"                   it is a file: written, for a bash block to use
+    ```bash title="not run in CI: REASON"       it is left out, aloud
+
+A block after `<!-- needs: PACKAGE -->` is left out, aloud, where the package cannot be imported.
 """
 
 from __future__ import annotations
@@ -14,18 +20,29 @@ import argparse
 import doctest
 import importlib
 import io
+import os
 import re
+import shutil
+import signal
 import subprocess
 import sys
+import tempfile
 from contextlib import redirect_stdout
 from pathlib import Path
 from types import ModuleType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+ROOT = Path(__file__).resolve().parents[1]
+NOT_COPIED = shutil.ignore_patterns(".git", ".venv", ".*_cache", ".hypothesis", "__pycache__", "build", "dist")
+LIMIT = 180.0  # seconds of a bash block
+PIP = 'pip() { python -m pip "$1" --dry-run --quiet "${@:2}"; }'
+"""Resolves and builds, and leaves the environment as it is."""
 FENCE = re.compile(
-    r"^(?:<!-- needs: (?P<needs>\w+) -->\n+)?```(?P<kind>\S*)[^\n]*\n(?P<code>.*?)^```[ \t]*$(?P<then>\s*)",
+    r'^(?:<!-- needs: (?P<needs>\w+) -->\n+)?```(?P<kind>\S*)(?: title="(?P<title>[^"\n]*)")?[ \t]*\n'
+    r"(?P<code>.*?)^```[ \t]*$(?P<then>\s*)",
     re.MULTILINE | re.DOTALL,
 )
+NOT_RUN = "not run in CI: "
 
 
 class Block(NamedTuple):
@@ -37,31 +54,67 @@ class Block(NamedTuple):
     """The text block that follows directly."""
     needs: str | None
     """A package without which it cannot run."""
+    title: str
+    """The name of a file, or why the block is not run."""
+
+    def why_not(self) -> str:
+        """Why it is not run here; empty where it is."""
+        if self.title.startswith(NOT_RUN):
+            return self.title.removeprefix(NOT_RUN)
+        return why_missing(self.needs) if self.needs else ""
 
 
-def blocks(text: str, kind: str) -> list[Block]:
+def blocks(text: str, *kinds: str) -> list[Block]:
     fences = list(FENCE.finditer(text))
     after = {fence.start(): fence["code"] for fence in fences if fence["kind"] == "text"}
     return [
-        Block(kind, fence["code"], text.count("\n", 0, fence.start("code")), after.get(fence.end()), fence["needs"])
+        Block(
+            fence["kind"], fence["code"], text.count("\n", 0, fence.start("code")), after.get(fence.end()),
+            fence["needs"], fence["title"] or "",
+        )
         for fence in fences
-        if fence["kind"] == kind
-    ]
+        if fence["kind"] in kinds
+    ]  # fmt: skip
 
 
-def run_document(path: Path) -> None:
+def run_document(path: Path, *kinds: str) -> None:
     main = sys.modules["__main__"] = ModuleType("__main__")
-    for block in blocks(path.read_text(encoding="utf-8"), "python"):
-        missing = block.needs and why_missing(block.needs)
-        if missing:
-            print(f"  {path}:{block.line + 1} NOT RUN: {missing}", flush=True)
-            continue
-        print(f"  {path}:{block.line + 1}", flush=True)
-        # The blank lines make line numbers, in tracebacks and for inspect, those of the document.
-        code = compile("\n" * block.line + block.code, str(path), "exec")
-        with redirect_stdout(io.StringIO()) as printed:
-            exec(code, vars(main))
-        check_printed(f"{path}:{block.line + 1}", block.prints, printed.getvalue())
+    whole = path.resolve()
+    with tempfile.TemporaryDirectory() as folder:
+        os.chdir(shutil.copytree(ROOT, Path(folder, "fxrep"), ignore=NOT_COPIED))
+        for block in blocks(whole.read_text(encoding="utf-8"), *kinds):
+            where = f"{path}:{block.line + 1}"
+            why_not = block.why_not()
+            print(f"  {where} NOT RUN: {why_not}" if why_not else f"  {where}", flush=True)
+            if not why_not:
+                printed = run_bash(block, whole) if block.kind == "bash" else run_python(block, whole, vars(main))
+                check_printed(where, block.prints, printed)
+        os.chdir(ROOT)
+
+
+def run_python(block: Block, document: Path, namespace: dict[str, Any]) -> str:
+    if block.title:
+        Path(block.title).write_text(block.code, encoding="utf-8")
+        return ""
+    # The blank lines make line numbers, in tracebacks and for inspect, those of the document.
+    code = compile("\n" * block.line + block.code, str(document), "exec")
+    with redirect_stdout(io.StringIO()) as printed:
+        exec(code, namespace)
+    return printed.getvalue()
+
+
+def run_bash(block: Block, document: Path) -> str:
+    command = ["bash", "-euo", "pipefail", "-c", f"{PIP}\n{block.code}"]
+    pipe = subprocess.PIPE
+    process = subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, start_new_session=True)
+    try:
+        printed, complaints = process.communicate(timeout=LIMIT)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)  # and what the script has started
+        sys.exit(f"{document}:{block.line + 1} takes more than {LIMIT:.0f} seconds")
+    if process.returncode:
+        sys.exit(f"{document}:{block.line + 1} ends with {process.returncode}\n{printed}{complaints}")
+    return printed
 
 
 def why_missing(package: str) -> str:
@@ -78,13 +131,11 @@ def check_printed(where: str, said: str | None, printed: str) -> None:
         sys.exit(f"{where} prints\n{printed}\nwhere the document says\n{said}")
 
 
-def run_documents(paths: list[Path]) -> int:
+def run_documents(paths: list[Path], options: list[str]) -> int:
     """Each in its own process: one document cannot lean on what another defined."""
     failed = []
     for path in paths:
-        if not blocks(path.read_text(encoding="utf-8"), "python"):
-            continue
-        if subprocess.run([sys.executable, __file__, "--here", path], check=False).returncode:
+        if subprocess.run([sys.executable, __file__, "--here", *options, path], check=False).returncode:
             failed.append(str(path))
     if failed:
         print(f"failed: {', '.join(failed)}", file=sys.stderr)
@@ -94,16 +145,17 @@ def run_documents(paths: list[Path]) -> int:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("documents", nargs="+", type=Path)
-    parser.add_argument("--bash", type=int, metavar="N", help="print the N-th bash block instead")
+    parser.add_argument("--no-bash", action="store_true", help="run the python blocks alone")
+    parser.add_argument("--print", type=int, metavar="N", help="print the N-th bash block instead")
     parser.add_argument("--here", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
-    if args.bash:
-        print(blocks(args.documents[0].read_text(encoding="utf-8"), "bash")[args.bash - 1].code, end="")
+    if args.print:
+        print(blocks(args.documents[0].read_text(encoding="utf-8"), "bash")[args.print - 1].code, end="")
         return 0
     if args.here:
-        run_document(args.documents[0])
+        run_document(args.documents[0], "python", *([] if args.no_bash else ["bash"]))
         return 0
-    return run_documents(args.documents)
+    return run_documents(args.documents, ["--no-bash"] if args.no_bash else [])
 
 
 if __name__ == "__main__":

@@ -3,9 +3,15 @@
 from __future__ import annotations
 
 import importlib
+import itertools
 import re
 import shlex
+import subprocess
+import sys
+import time
+from importlib.metadata import metadata
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
@@ -16,6 +22,13 @@ from fxrep.errors import CODES
 ROOT = Path(__file__).parents[1]
 DOCS = sorted((ROOT / "docs").glob("*.md"))
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
+SAID = [*sorted(ROOT.glob("*.md")), *DOCS]
+
+
+@pytest.fixture
+def runner(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    monkeypatch.syspath_prepend(ROOT / "docs")
+    return importlib.import_module("run_blocks")
 
 
 def test_the_table_of_ops_is_that_of_the_readers(monkeypatch):
@@ -53,16 +66,70 @@ def test_every_example_is_short_and_its_output_is_in_the_documents(path: Path):
     assert f'run("{path.name}")' in (ROOT / "docs" / "examples.md").read_text(encoding="utf-8")
 
 
-def test_every_command_in_the_documents_is_one():
-    """What is between the shell's words need not exist here; names of commands, options and choices must."""
-    said = [*ROOT.glob("*.md"), *DOCS]
-    fences = (
-        block
-        for path in said
-        for block in re.findall(r"^```bash\n(.*?)^```", path.read_text(encoding="utf-8"), re.M | re.S)
-    )
-    lines = [line for block in fences for line in block.replace("\\\n", " ").splitlines()]
+def test_every_command_in_the_documents_is_one(runner: ModuleType):
+    """Of the blocks that cannot be run too: names of commands, options and choices must be right."""
+    scripts = [block.code for path in SAID for block in runner.blocks(path.read_text(encoding="utf-8"), "bash")]
+    lines = [line for script in scripts for line in script.replace("\\\n", " ").splitlines()]
     commands = [shlex.split(line, comments=True)[1:] for line in lines if line.startswith("fxrep ")]
     assert len(commands) >= 6
     for command in commands:
-        make_parser().parse_args(command)
+        make_parser().parse_args(itertools.takewhile(lambda word: word != ">", command))
+
+
+def test_every_extra_in_the_documents_is_one(runner: ModuleType):
+    text = "".join(path.read_text(encoding="utf-8") for path in SAID)
+    named = {extra for extras in re.findall(r'"(?:\.|fxrep)\[([\w,]+)\]"', text) for extra in extras.split(",")}
+    assert {"vision", "export", "bench", "test"} <= named
+    assert named <= set(metadata("fxrep").get_all("Provides-Extra"))
+
+
+@pytest.mark.parametrize("path", SAID, ids=lambda path: path.name)
+def test_every_block_is_run_or_says_why_not(runner: ModuleType, path: Path):
+    """Output stands in text blocks; what is neither that nor code that the runner knows would never be run."""
+    text = path.read_text(encoding="utf-8")
+    blocks = runner.blocks(text, "python", "bash", "text")
+    assert len(re.findall(r"^\s*(?:```|~~~)", text, re.MULTILINE)) == 2 * len(blocks)
+    assert path in DOCS or path.name in (ROOT / ".ci" / "run").read_text(encoding="utf-8")
+    for i, block in enumerate(blocks):
+        if block.kind == "bash":
+            assert re.fullmatch(rf"(?:{runner.NOT_RUN}\S.{{5,}})?", block.title)
+        elif block.title:  # a file that somebody reads about is one that a script then uses
+            assert block.kind == "python"
+            assert any(block.title in later.code for later in blocks[i:] if later.kind == "bash" and not later.title)
+
+
+def test_the_scripts_of_the_readme_are_steps_of_ci(runner: ModuleType):
+    steps = re.findall(r"^readme (\d+)$", (ROOT / ".ci" / "run").read_text(encoding="utf-8"), re.MULTILINE)
+    scripts = runner.blocks((ROOT / "README.md").read_text(encoding="utf-8"), "bash")
+    assert steps == [str(i + 1) for i, _ in enumerate(scripts)]
+
+
+def run(runner: ModuleType, tmp_path: Path, text: str) -> str:
+    """What the runner prints of a document."""
+    (tmp_path / "page.md").write_text(text, encoding="utf-8")
+    command = [sys.executable, runner.__file__, tmp_path / "page.md"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    return f"{done.returncode}\n{done.stdout}{done.stderr}"
+
+
+def test_scripts_use_the_files_of_their_page_and_what_they_print_is_compared(runner: ModuleType, tmp_path: Path):
+    page = '```python title="n.py"\nprint(1 + 1)\n```\n\n```bash\npython n.py\nls README.md\n```\n\n```text\n%s\n```\n'
+    assert run(runner, tmp_path, page % "2 README.md").startswith("0\n")
+    assert "where the document says" in run(runner, tmp_path, page % "3 README.md")
+    assert not (ROOT / "n.py").exists()
+
+
+def test_a_script_that_fails_is_told_and_one_that_is_not_run_says_why(runner: ModuleType, tmp_path: Path):
+    assert "ends with 3" in run(runner, tmp_path, "```bash\n(exit 3)\necho ran\n```\n")
+    said = run(runner, tmp_path, '```bash title="not run in CI: there is no such machine"\nfalse\n```\n')
+    assert said.startswith("0\n")
+    assert "page.md:2 NOT RUN: there is no such machine" in said
+
+
+def test_a_script_that_does_not_end_is_ended_with_what_it_started(runner: ModuleType, tmp_path: Path, monkeypatch):
+    monkeypatch.setattr(runner, "LIMIT", 0.5)
+    (block,) = runner.blocks(f"```bash\n(sleep 3; touch {tmp_path}/late) &\nsleep 60\n```\n", "bash")
+    with pytest.raises(SystemExit, match="takes more than"):
+        runner.run_bash(block, tmp_path / "page.md")
+    time.sleep(3)
+    assert not (tmp_path / "late").exists()
