@@ -117,8 +117,10 @@ class FoldPlan:
         modules = named_modules(model)
         self._check(_registered(modules), _layers(modules))
         tensors = _tensors(modules)
-        self._check_needed(tensors)
         targets = _tensors(named_modules(collapsed))
+        _check_numbers(tensors, "the model")
+        _check_numbers(targets, "the collapsed model")
+        self._check_needed(tensors)
         with torch.no_grad():
             for new, fold in self._bound(tensors):
                 fold.into(targets[new].detach())
@@ -227,6 +229,12 @@ def make_fold_plan(result: nn.Module, root: nn.Module, before: Architecture) -> 
     static = {new: t for new, t in _registered(present).items() if new not in folds and new not in kept}
     keys = tuple(result.state_dict(keep_vars=True))
     return FoldPlan(folds, kept, static, tuple(equal), indices, before.signature, before.layers, keys)
+
+
+def _check_numbers(tensors: Mapping[str, Tensor], whose: str) -> None:
+    empty = next((name for name, t in tensors.items() if t.is_meta), None)
+    if empty is not None:
+        raise FxrepError(f"{empty} of {whose} is on meta, where there are no numbers; bring weights onto cpu first")
 
 
 def _registered(modules: Sequence[tuple[str, nn.Module]]) -> dict[str, Tensor]:

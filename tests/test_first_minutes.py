@@ -184,12 +184,36 @@ def test_layers_whose_weights_are_of_a_class_of_their_own_stay(config: str):
     assert relative_error(collapsed(x), model(x)) < 0.02
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device here")
+NEEDS_CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device here")
+
+
+@NEEDS_CUDA
 def test_a_model_on_cuda_with_inputs_on_the_cpu():
     model = net(torch.float32).cuda().eval()
     collapsed = fxrep.reparameterize(model, image(dtype=torch.float32))
     assert {p.device.type for p in collapsed.parameters()} == {"cuda"}
     assert fxrep.verify(model, collapsed, image(dtype=torch.float32))
+    with pytest.raises(fxrep.FxrepError, match=r"on cuda:0 and collapsed is torch.float32 on cpu; bring both to one"):
+        fxrep.verify(model, collapsed.cpu(), image(dtype=torch.float32))
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=NEEDS_CUDA)])
+def test_inputs_without_numbers_are_told_with_both_devices(device: str, tmp_path: Path):
+    """What only shapes are needed for is done; what needs numbers says where they should be."""
+    model, x = net().to(device), image().to("meta")
+    collapsed = fxrep.reparameterize(model, x)
+    assert collapsed.report.after["bn"] == 0
+    for call in (fxrep.verify, lambda m, _, x: fxrep.convert(m, tmp_path / "net.pt2", x)):
+        with pytest.raises(
+            fxrep.FxrepError, match=rf"on meta, .* the model is on {device}\b.*; pass tensors that hold"
+        ):
+            call(model, collapsed, x)
+
+
+def test_a_model_without_numbers_collapses_into_one_of_its_shape():
+    collapsed = fxrep.reparameterize(net().to("meta"), image())
+    assert all(p.is_meta for p in collapsed.parameters())
+    assert collapsed.report.after == fxrep.reparameterize(net()).report.after
 
 
 WRONG: dict[str, tuple[Callable[[], Any], str]] = {
@@ -209,6 +233,23 @@ WRONG: dict[str, tuple[Callable[[], Any], str]] = {
     "convert a program": (lambda: fxrep.convert(torch.export.export(net().eval(), (image(),)), "n.pt2"), "the module"),
     "convert with a word for the axes": (lambda: fxrep.convert(net(), "n.pt2", image(), dynamic="batch"), "the axes"),
     "convert with weights that are loaded": (lambda: fxrep.convert(net(), "n.pt2", image(), weights={}), "checkpoint"),
+    "verify what has no numbers": (
+        lambda: fxrep.verify(net().to("meta"), net()),
+        "on meta, where there are no numbers",
+    ),
+    "convert what has no numbers": (
+        lambda: fxrep.convert(net().to("meta"), "n.pt2", image()),
+        "build the model on cpu",
+    ),
+    "refold what has no numbers": (
+        lambda: fxrep.refold(fxrep.reparameterize(net()), net().to("meta")),
+        "of the model is on meta",
+    ),
+    "refold into what has no numbers": (
+        lambda: fxrep.refold(fxrep.reparameterize(net()).to("meta"), net()),
+        "of the collapsed model is on meta",
+    ),
+    "load into what has no numbers": (lambda: fxrep.load_weights(net().to("meta"), "w.pth"), "to_empty"),
     "the file first": (lambda: fxrep.load_weights("weights.pth", net()), "load_weights.model, file"),
     "a folder": (lambda: fxrep.load_weights(net(), "."), "is a folder"),
     "a misspelt file": (lambda: fxrep.load_weights(net(), "nowhere.pth"), "there is no file"),

@@ -244,7 +244,7 @@ ONE_SIZE = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(7, 5))
         ((Logarithm(), Logarithm(), -torch.ones(2, 3, 6, 6)), "does not run on example_inputs.*no finite value"),
         ((nn.Flatten(), nn.Flatten(), torch.full((2, 3), 1)), None),
         ((nn.LazyConv2d(4, 3), nn.Conv2d(3, 4, 3)), "lazy parameter"),
-        ((nn.Conv2d(3, 4, 3, device="meta"), nn.Conv2d(3, 4, 3)), "meta device"),
+        ((nn.Conv2d(3, 4, 3, device="meta"), nn.Conv2d(3, 4, 3)), "is on meta"),
     ],
 )
 def test_wrong_arguments_are_told(arguments: tuple[Any, ...], message: str | None):

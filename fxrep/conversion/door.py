@@ -174,6 +174,9 @@ def _check_axes(dynamic: Sequence[int], examples: Examples) -> None:
 
 def _check_numbers(model: nn.Module) -> None:
     """Nothing can be compared where weights are no numbers, as after a training that diverged."""
+    empty = next((name for name, p in model.named_parameters() if p.is_meta), None)
+    if empty is not None:
+        raise Unusable(f"the weights {empty} are on meta, where there are no numbers; build the model on cpu")
     plain = ((name, p) for name, p in model.named_parameters() if p.is_floating_point() and is_plain(p))
     strange = [name for name, p in plain if bool(p.isnan().any())]
     if strange:

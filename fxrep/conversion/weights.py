@@ -90,6 +90,11 @@ def _check_arguments(model: object, file: object) -> None:
     if not isinstance(model, nn.Module) or not isinstance(file, (str, os.PathLike)):
         given = f"{type(model).__name__}, {type(file).__name__}"
         raise Unusable(f"got ({given}); load_weights(model, file) takes a module and the name of a checkpoint")
+    empty = next((name for name, p in model.named_parameters() if p.is_meta), None)
+    if empty is not None:  # copying there does nothing, and torch only warns
+        raise Unusable(
+            f"{empty} is on meta, which holds no weights; give it memory first: model.to_empty(device='cpu')"
+        )
 
 
 def _read(path: Path, trust: bool) -> Any:

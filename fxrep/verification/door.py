@@ -36,8 +36,8 @@ def verify(
         original: any module; both run as copies in eval mode and are not touched, nor is the random state.
         collapsed: what should give the same, in the same dtype and on the same device.
         example_inputs: a tensor, a tuple of positional or a dict of keyword arguments. Their shapes and dtypes matter;
-            numbers are random, but for arguments that are no floating-point tensors. They may be left out where the
-            network itself tells the shapes that it takes.
+            numbers are random, but for arguments that are no floating-point tensors; they are brought to the model's
+            device. They may be left out where the network itself tells the shapes that it takes.
         trials: how many inputs. In turn: the example's own size, an odd, an even and the smallest that runs, at batches
             of 2, 3 and 1, contiguous or channels_last.
         seed: of the random numbers.
@@ -96,7 +96,10 @@ def _check_model(name: str, model: nn.Module) -> None:
                 f"{name}: the lazy parameter {path} has no shape yet; run the model once on an input first"
             )
         if parameter.is_meta:
-            raise FxrepError(f"{name}: the parameter {path} is on the meta device; there are no numbers to compare")
+            raise FxrepError(
+                f"{name}: the parameter {path} is on meta, where there are no numbers to compare; load weights onto "
+                "cpu first, with load_state_dict(state, assign=True)"
+            )
 
 
 def _told(kinds: set[tuple[torch.dtype, torch.device]]) -> str:

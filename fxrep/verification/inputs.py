@@ -171,7 +171,13 @@ def sampler(
         return Sampler(
             _inferred(model, signature, known, like, attempt), known if isinstance(known, dict) else {}, seed
         )
-    own = Case(signature, _bound(model, signature, example_inputs)).mapped(lambda t: t.detach().to(like[1]))
+    given = Case(signature, _bound(model, signature, example_inputs))
+    if any(t.is_meta for t in given.tensors()):
+        raise FxrepError(
+            f"example_inputs are on meta, where there are no numbers, and the model is on {like[1]}; pass tensors that "
+            f"hold numbers, of any device: they are brought to {like[1]}"
+        )
+    own = given.mapped(lambda t: t.detach().to(like[1]))
     error = attempt(own)
     if error is not None:
         raise FxrepError(f"{type(model).__name__} does not run on example_inputs ({own}): {error}")
