@@ -34,7 +34,7 @@ FUNCTIONS: dict[str, frozenset[object]] = {
     "linear": _read_by("read_functional_linear", "read_addmm") | {torch.mm, "mm"},
     "bn": _read_by("read_functional_batchnorm") | {first.target for first in NATIVE_BATCH_NORMS},
     "add": _read_by("read_add", "read_sub", "read_rsub"),
-    "mul": _read_by("read_mul", "read_div", "read_neg") | {torch.addcmul, aten.addcmul.default},
+    "mul": _read_by("read_mul", "read_div", "read_neg", "read_addcmul"),
     "pool": _read_by("read_functional_avg_pool")
     | {F.max_pool1d, F.max_pool2d, F.max_pool3d, aten.max_pool2d_with_indices.default},
 }

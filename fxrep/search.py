@@ -86,7 +86,8 @@ class _Search(Candidates):
         saved = fsum((*(state.costs[r] for r in replaced), *(-c.cost for c in chosen.values())))
         fewer = sum(state.recipes[r].steps for r in replaced) - sum(c.steps for c in chosen.values())
         effort = total(state.effort(r, c.recipe) for r, c in chosen.items())
-        if fewer <= 0 or saved < 0 or effort.exceeds(total(state.efforts[r] for r in replaced)):
+        dearer = saved < -TOLERANCE * fsum(c.cost for c in chosen.values())
+        if fewer <= 0 or dearer or effort.exceeds(total(state.efforts[r] for r in replaced)):
             return set()
         if self._stores_more({r: c.recipe for r, c in chosen.items()}, replaced):
             return set()
@@ -109,7 +110,8 @@ class _Search(Candidates):
         apart = total(state.efforts[n] for n in (node, pool, layer))
         if isinstance(recipe, Illegal) or state.effort(layer, recipe).exceeds(apart):
             return set()
-        if cost > state.costs[layer] + state.costs[node] or self._stores_more({node: recipe}, (layer,)):
+        dearer = cost > (state.costs[layer] + state.costs[node]) * (1 + TOLERANCE)
+        if dearer or self._stores_more({node: recipe}, (layer,)):
             return set()
         candidate = Candidate(recipe, (layer,), frozenset((layer,)), cost, (*noted, *equal))
         self.withdraw(node)
@@ -154,7 +156,7 @@ class _Search(Candidates):
         return sorted(found, key=self.state.order.__getitem__)
 
     def _concerned(self, touched: set[str]) -> set[str]:
-        """The nodes to look at again, and those whose cones end with them: through all but convolutions."""
+        """The nodes to look at again, and all whose cones may reach them."""
         concerned: set[str] = set()
         todo = list(touched)
         while todo:
@@ -162,8 +164,7 @@ class _Search(Candidates):
             if node not in self.state.recipes or node in self.state.removed or node in concerned:
                 continue
             concerned.add(node)
-            if not self.state.recipes[node].convolutions:
-                todo.extend(self.state.readers.get(node, ()))
+            todo.extend(self.state.readers.get(node, ()))
         return concerned
 
     def _best(self, node: str) -> Candidate | None:

@@ -108,6 +108,8 @@ class Shapes:
     of: dict[str, Shape] = field(default_factory=dict)
     ranks: dict[str, int] = field(default_factory=dict)
     sizes: dict[Axis, int] = field(default_factory=dict)
+    #: axes that are as long as something of a value before theirs
+    equal: dict[Axis, Dim] = field(default_factory=dict)
     #: by root: the number of axes that an op asked for although another was known
     conflicts: dict[str, int] = field(default_factory=dict)
 
@@ -140,6 +142,23 @@ class Shapes:
         if isinstance(dim, Size) and isinstance(dim.base, Axis) and (dim.add, dim.divide) == (0, 1):
             self.sizes.setdefault(dim.base, size)
 
+    def require_equal(self, a: Shape, b: Shape, index: int) -> None:
+        """An op that takes only values of one size along an axis accepted these two."""
+        dims = self.dim(a, index), self.dim(b, index)
+        for dim, other in (dims, dims[::-1]):
+            if not isinstance(dim, Size) or not isinstance(dim.base, Axis) or (dim.add, dim.divide) != (0, 1):
+                continue
+            if isinstance(other, int):
+                self.sizes.setdefault(dim.base, other)
+            elif other is not None and self._is_before(other, dim.base):
+                self.equal.setdefault(dim.base, other)
+
+    def _is_before(self, dim: Dim, axis: Axis) -> bool:
+        """Whether all that a size depends on is there before the root of an axis."""
+        roots = {a.root for a in free_axes([dim])}
+        first = next((name for name in self.of if name == axis.root or name in roots), axis.root)
+        return axis.root not in roots and first != axis.root
+
     def full(self, shape: Shape) -> Shape:
         """The same shape with every axis that is known spelled out."""
         rank = self.rank(shape)
@@ -166,8 +185,11 @@ class Shapes:
         return Shape(shape.root, tuple(t for t in tail if t is not None))
 
     def _known(self, dim: Dim) -> Dim:
-        if isinstance(dim, Size) and isinstance(dim.base, Axis) and dim.base in self.sizes:
-            return (self.sizes[dim.base] + dim.add) // dim.divide
+        while isinstance(dim, Size) and isinstance(dim.base, Axis):
+            known = self.sizes.get(dim.base, self.equal.get(dim.base))
+            if known is None:
+                break
+            dim = shifted(known, dim.add, dim.divide)
         return dim
 
     def evaluate(self, dim: Dim, size_of: Callable[[Axis], int]) -> int:

@@ -34,6 +34,7 @@ OF_TWO: dict[str, Body] = {
     "torch.rsub": lambda m, a, b: torch.rsub(a, b, alpha=2),
     "sum of a list": lambda m, a, b: sum([a, b, a]),
     "sum of a generator": lambda m, a, b: sum((t for t in (a, b)), 0.5),
+    "torch.addcmul": lambda m, a, b: torch.addcmul(a, m.gain, b, value=-2),
     "stack sum": lambda m, a, b: torch.stack([a, b]).sum(0),
     "stack sum of dim 1": lambda m, a, b: torch.sum(torch.stack((a, b, b), dim=1), dim=1),
     "stack sum of a list of dims": lambda m, a, b: torch.stack([a, b], 2).sum(dim=[2]),
@@ -88,6 +89,10 @@ OF_ONE: dict[str, Callable[[Any, Tensor], Tensor]] = {
     "buffer.__rsub__": lambda m, a: m.buffer.__rsub__(a),
     "a / buffer": lambda m, a: a / (m.buffer.abs() + 1),
     "a - shift with alpha": lambda m, a: torch.sub(a, m.shift, alpha=3),
+    "torch.addcmul": lambda m, a: torch.addcmul(m.shift, a, m.gain),
+    "addcmul": lambda m, a: m.shift.addcmul(m.gain, a, value=0.5),
+    "addcmul_": lambda m, a: a.addcmul_(a.clone(), m.scalar),
+    "addcmul of two gains": lambda m, a: torch.addcmul(a, m.gain, m.shift),
     "sigmoid of gain": lambda m, a: a * torch.sigmoid(m.gain) + F.softplus(m.shift),
     "gain as a vector": lambda m, a: a * m.vector.view(1, -1, 1, 1) + m.vector[:, None, None],
     "gain of (C, 1, 1)": lambda m, a: a * m.vector.reshape(4, 1, 1),
@@ -101,7 +106,9 @@ DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropou
 
 
 def two(body: Body) -> nn.Module:
-    return Net(lambda m, x: m.bn(body(m, m.conv(x), m.point(x))), conv=conv(), point=conv(1), bn=bn())
+    return Net(
+        lambda m, x: m.bn(body(m, m.conv(x), m.point(x))), conv=conv(), point=conv(1), bn=bn(), gain=weight(4, 1, 1)
+    )
 
 
 def one(body: Callable[[Any, Tensor], Tensor]) -> nn.Module:

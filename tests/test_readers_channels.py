@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from helpers import relative_error
 from reader_cases import TOLERANCE, Case, Net, bn, check, conv, image, linear, over, sequence, tokens
 from torch import Tensor, nn
@@ -104,6 +105,12 @@ BODIES = {
 }  # fmt: skip
 
 
+def joined(m: Any, x: Tensor) -> Tensor:
+    """Of what size an interpolation is, its concatenation tells: the sum of the two layers does not broadcast."""
+    y = F.interpolate(x.tanh(), scale_factor=1.0)
+    return torch.cat([x, y, m.bn(m.a(x) + m.b(y))], 1)
+
+
 def dense(m: Any, x: Tensor) -> Tensor:
     """DenseNet's: every layer reads the concatenation of all before it."""
     y = [x]
@@ -144,6 +151,7 @@ def middle() -> nn.ModuleList:
 
 
 CASES = [
+    Case("sizes that a concatenation tells", lambda: Net(joined, a=conv(), b=conv(1, 4, 4), bn=bn()), "c2 b0"),
     Case("branches over cat", lambda: Net(
         branches_over_cat, a=conv(out=8), b=conv(1, out=8), middle=middle(),
         point=nn.ModuleList([conv(1, 16, 6), conv(1, 16, 6)]),

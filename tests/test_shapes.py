@@ -166,6 +166,32 @@ def test_a_size_that_is_no_axis_of_its_own_tells_nothing():
     assert shapes.dim(Shape("x"), -1) == Size(Axis("x", -1))
 
 
+def test_sizes_that_an_op_found_equal_are_those_of_the_earlier_value():
+    """Of two concatenated values the later is as long as the earlier, whichever the op names first."""
+    x, y = Shape("x"), Shape("y")
+    for pair in ((x, y), (y, x)):
+        shapes = Shapes({"x": x, "y": y, "z": Shape("z", (Size(Axis("z", -1), 2, 2),))})
+        shapes.require_equal(*pair, -1)
+        assert shapes.dim(y, -1) == shapes.dim(x, -1) == Size(Axis("x", -1))
+        assert shapes.dim(Shape("y", (Size(Axis("y", -1), 3, 2),)), -1) == Size(Axis("x", -1), 3, 2)
+        shapes.require_equal(Shape("z"), Shape("x", (Size(Axis("x", -1), 1, 4),)), -1)
+        assert shapes.dim(shapes.of["z"], -1) == Size(Axis("x", -1), 9, 8)
+        shapes.require_size(x, -1, 7)
+        assert shapes.dim(y, -1) == 7
+        assert shapes.dim(shapes.of["z"], -1) == 2
+
+
+def test_sizes_that_cannot_be_told_apart_tell_nothing():
+    """n = ⌊(n + 1)/2⌋ holds for some n; ⌊n/2⌋ = ⌊m/2⌋ leaves two m for each n."""
+    shapes = Shapes({"x": Shape("x"), "y": Shape("y")})
+    half_x, half_y = (Shape(root, (Size(Axis(root, -1), 0, 2),)) for root in ("x", "y"))
+    shapes.require_equal(Shape("x"), Shape("x", (Size(Axis("x", -1), 1, 2),)), -1)
+    shapes.require_equal(half_x, half_y, -1)
+    shapes.require_equal(Shape("x", (5,)), Shape("y", (6,)), -1)
+    assert shapes.dim(Shape("x"), -1) == Size(Axis("x", -1))
+    assert shapes.dim(half_y, -1) == Size(Axis("y", -1), 0, 2)
+
+
 SAME = [
     (Shape("x"), Shape("x"), True),
     (Shape("x", (8,)), Shape("x", (8,)), True),

@@ -60,6 +60,25 @@ def read_div(at: Call) -> AffineForm:
     return at.value(x).scale(K.Map(vector.shape, torch.reciprocal, (vector,)), dims=dims)
 
 
+@reader(torch.addcmul, "addcmul", "addcmul_")
+def read_addcmul(at: Call) -> AffineForm:
+    """x + value·γ·y, where one of γ and y is constant, or both are; x may be constant too."""
+    x, a, b, factor = at.bind("input tensor1 tensor2 value", value=1)
+    y, gain = (b, a) if at.is_value(b) else (a, b)
+    if at.is_value(gain) or not isinstance(factor, (int, float)):
+        raise Illegal("not-affine", "both factors depend on the network's input")
+    if not at.is_value(y):
+        one, other = at.constant(y), at.constant(gain)
+        product = K.Map(tuple(torch.broadcast_shapes(one.shape, other.shape)), torch.mul, (one, other))
+        return _shifted(at, x, at.value(x), K.scale(product, K.Constant((), float(factor))))
+    vector, dims = per_channel(at, y, at.constant(gain))
+    scaled = _weighted(at, y, factor).scale(vector, dims=dims)
+    if not at.is_value(x):
+        return _shifted(at, y, scaled, at.constant(x))
+    aligned = _require_addable(at, x, y)
+    return _sum(at.value(x), scaled, aligned)
+
+
 @reader(operator.neg, torch.neg, "neg", "neg_", torch.negative, "negative")
 def read_neg(at: Call) -> AffineForm:
     """-x."""
@@ -158,14 +177,22 @@ def _combine(at: Call, a: Any, alpha: Any, b: Any, beta: Any) -> AffineForm:
         raise Illegal("not-affine", "alpha is computed at run time")
     if at.is_value(a) and at.is_value(b):
         aligned = _require_addable(at, a, b)
-        result = _weighted(at, a, alpha) + _weighted(at, b, beta)
-        return result if aligned else AffineForm(result.parts, result.dims, aligned=False)
+        return _sum(_weighted(at, a, alpha), _weighted(at, b, beta), aligned)
     if at.is_value(b):
         a, alpha, b, beta = b, beta, a, alpha
-    vector, dims = per_channel(at, a, at.constant(b))
-    scaled = _weighted(at, a, alpha)
-    shift = vector if beta == 1 else K.scale(vector, K.Constant((), float(beta)))
-    return scaled + forms.constant(shift, dims)
+    shift = at.constant(b)
+    return _shifted(at, a, _weighted(at, a, alpha), shift if beta == 1 else K.scale(shift, K.Constant((), float(beta))))
+
+
+def _sum(one: AffineForm, other: AffineForm, aligned: bool) -> AffineForm:
+    result = one + other
+    return result if aligned else AffineForm(result.parts, result.dims, aligned=False)
+
+
+def _shifted(at: Call, x: Node, form: AffineForm, shift: Kernel) -> AffineForm:
+    """The form, of the shape of x, with a constant added."""
+    vector, dims = per_channel(at, x, shift)
+    return form + forms.constant(vector, dims)
 
 
 def _weighted(at: Call, x: Any, factor: float) -> AffineForm:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import operator
 import sys
+from collections.abc import Sequence
 from dataclasses import replace
 from itertools import pairwise
 from typing import Any
@@ -38,10 +39,28 @@ def shape_of_slice(at: Call) -> Shape | None:
 
 @shape_rule(torch.cat, torch.concat, torch.concatenate)
 def shape_of_cat(at: Call) -> Shape | None:
-    """The axes of a part of which it is not known how many channels it has."""
+    """The axes of a part of which it is not known how many channels it has; all others of the parts are equal."""
     values, axis = at.bind("tensors dim", dim=0)
-    shapes = (_with_own_size(at, v, axis) for v in values) if isinstance(values, (tuple, list)) else ()
+    if not isinstance(values, (tuple, list)):
+        return None
+    _note_equal(at, values, axis)
+    shapes = (_with_own_size(at, v, axis) for v in values)
     return next((shape for shape in shapes if shape is not None), None)
+
+
+def _note_equal(at: Call, values: Sequence[Any], axis: int) -> None:
+    """The parts are of one size, along all axes but one; an empty vector may be among any."""
+    shapes = [at.shape(v) for v in values if at.is_value(v)]
+    rank = next((r for r in map(at.shapes.rank, shapes) if r is not None and r > 1), None)
+    if rank is None:
+        return
+    for shape in shapes:
+        if at.shapes.rank(shape) is None:
+            at.shapes.require_rank(shape, rank)
+    first, *others = [s for s in shapes if at.shapes.rank(s) == rank]
+    for index in {*range(-rank, 0)} - {axis if axis < 0 else axis - rank}:
+        for other in others:
+            at.shapes.require_equal(first, other, index)
 
 
 def _with_own_size(at: Call, x: Node, axis: int) -> Shape | None:

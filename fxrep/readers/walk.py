@@ -73,7 +73,7 @@ def read_graph(
     """
     known, assumed = Shapes(ranks=dict(ranks or {})), dict[str, int]()
     while True:
-        before = known.ranks.copy(), known.sizes.copy()
+        before = known.ranks.copy(), known.sizes.copy(), known.equal.copy()
         readings = _read_once(graph, modules, known, told)
         facts = readings.facts
         _learn_from_parts(facts)
@@ -81,9 +81,9 @@ def read_graph(
         facts.assumed = assumed = assumed | taken
         sizes_read = any(isinstance(value, (Size, SizesOf, tuple)) for value in facts.scalars.values())
         is_open = taken or sizes_read or any(r.code in LATER_KNOWN for r in readings.refusals.values())
-        if not is_open or before == (known.ranks | taken, known.sizes):
+        if not is_open or before == (known.ranks | taken, known.sizes, known.equal):
             return readings
-        known = Shapes(ranks=known.ranks | taken, sizes=known.sizes.copy())
+        known = Shapes(ranks=known.ranks | taken, sizes=known.sizes.copy(), equal=known.equal.copy())
 
 
 def _learn_from_parts(facts: Facts) -> None:
