@@ -79,7 +79,7 @@ def _recipe_kinds(recipe: Recipe) -> list[str]:
 
 def kind_of_emit(emit: Emit, dims: int | None) -> str:
     layer = "conv" if dims else "linear"
-    return layer if emit.operator else "mul" if emit.gain is not None else "add"
+    return layer if emit.operator else "add" if emit.is_shift else "mul"
 
 
 def kinds(node: Node, modules: Mapping[str, nn.Module]) -> list[str]:

@@ -53,13 +53,25 @@ class Emit:
     @property
     def stores(self) -> bool:
         """Whether it has numbers of its own, in a layer or a scale."""
-        return not (self.is_pass or self.is_pad or self.is_pool)
+        return not (self.is_pass or self.is_pad or self.is_pool or self.is_in_code)
 
     @property
     def numbers(self) -> dict[int, int]:
-        """How many numbers it stores, by kernel. Of one that stands in the code alone there is nothing to save."""
+        """How many numbers it stores, by kernel."""
         stored = (k for k in self.kernels if k is not None) if self.stores else ()
-        return {id(k): prod(k.shape) for k in stored if k.shape or any(True for _ in K.leaves(k))}
+        return {id(k): prod(k.shape) for k in stored}
+
+    @property
+    def is_in_code(self) -> bool:
+        """Whether it is a scale by plain numbers: those stand in the code and are not stored."""
+        kernels = [k for k in self.kernels if k is not None]
+        alike = self.operator is None and not any(k.shape for k in kernels)
+        return bool(kernels) and alike and not any(True for _ in K.leaves(*kernels))
+
+    @property
+    def is_shift(self) -> bool:
+        """Whether it is computed by adding a constant."""
+        return self.operator is None and self.bias is not None and (self.gain is None or self.is_in_code)
 
     @property
     def pads_by_channel(self) -> bool:
@@ -101,8 +113,8 @@ class Recipe:
 
     @property
     def shifts(self) -> int:
-        """How many terms are nothing but an added constant."""
-        return sum(e.operator is None and e.gain is None and e.bias is not None for e in self.emits)
+        """How many terms are computed by adding a constant."""
+        return sum(e.is_shift for e in self.emits)
 
     @cached_property
     def steps(self) -> int:
@@ -130,7 +142,7 @@ def _describe(emit: Emit) -> str:
         return "pad" if emit.is_pad else "average" if emit.is_pool else emit.operator.describe()
     if emit.is_pass and emit.anchor.rows is not None:
         return f"{len(emit.anchor.rows)} channels of a shared layer"
-    return "identity" if emit.is_pass else "scale" if emit.gain is not None else "shift"
+    return "identity" if emit.is_pass else "shift" if emit.gain is None else "scale"
 
 
 def lower(form: AffineForm, stacks: Callable[[Recipe, Recipe], bool]) -> Recipe:

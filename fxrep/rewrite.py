@@ -200,6 +200,8 @@ class Rewriter:
 
     def _scale(self, folded: Folded, x: Node, decision: Decision) -> Node:
         """γ·x + β in one operator: addcmul where both are there."""
+        if folded.emit.is_in_code:
+            return self._scale_in_code(x, *(None if n is None else n.item() for n in folded.proof))
         path = self.names[id(folded.emit)]
         if not self._is_installed(path, decision):
             self._install(self._held(folded, decision.recipe.dims or 0), folded.emit, decision)
@@ -213,6 +215,13 @@ class Rewriter:
             if folded.bias is None
             else self._call(operator.add, (x, named["bias"]))
         )
+
+    def _scale_in_code(self, x: Node, gain: float | None, shift: float | None) -> Node:
+        if gain is None:
+            return self._call(operator.add, (x, shift))
+        if shift is None:
+            return self._call(operator.mul, (x, gain))
+        return self._call(torch.rsub, (x, shift), {"alpha": -gain})
 
     def _note(self, target: str, kernel: Kernel | None, made: Any, groups: int | None = None) -> None:
         """Keeps how a tensor of the new graph is folded, for other weights."""

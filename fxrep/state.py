@@ -196,16 +196,18 @@ class State:
         return next(name for name in (f"{node}.{i}" for i in count()) if name not in self.recipes)
 
     def split(self, node: str) -> list[str]:
-        """Makes every term of a decision a value of its own; gives their names."""
-        recipe = self.recipes[node]
-        several = sum(map(len, recipe.parts)) > 1 and any(not e.is_pass for e in recipe.emits)
-        if node not in self.inlined or node in self.problem.fixed or not (several and recipe.form.aligned):
+        """Makes every sum that a decision stacks, and every term of a sum, a value of its own; gives their names."""
+        recipe, made = self.recipes[node], list[str]()
+        if node not in self.inlined or node in self.problem.fixed or not recipe.form.aligned:
             return []
-        made: list[str] = []
+        if len(recipe.parts) == 1 and not recipe.additions:
+            return []
         emits = tuple(
-            tuple(e if e.is_pass else self._term(node, e, part, made) for e in terms)
+            self._split_part(node, part, terms, made)
             for part, terms in zip(recipe.form.parts, recipe.parts, strict=True)
         )
+        if not made:
+            return []
         parts = tuple(
             Part(dict.fromkeys((e.anchor for e in terms), ONE), None, part.channels)
             for part, terms in zip(recipe.form.parts, emits, strict=True)
@@ -214,22 +216,31 @@ class State:
         self._set(node, Recipe(replace(recipe.form, parts=parts), emits))
         for source in self.sources(node):
             self.readers.setdefault(source, set()).add(node)
-        return made
+        return [*made, *(name for term in made for name in self.split(term))]
+
+    def _split_part(self, node: str, part: Part, terms: tuple[Emit, ...], made: list[str]) -> tuple[Emit, ...]:
+        if len(terms) > 1 and len(self.recipes[node].parts) > 1:
+            form = AffineForm((part,), self.recipes[node].dims)
+            return (self._value_of_its_own(node, Recipe(form, (terms,)), made),)
+        return tuple(e if e.is_pass else self._term(node, e, part, made) for e in terms)
 
     def _term(self, node: str, emit: Emit, part: Part, made: list[str]) -> Emit:
-        """The emit as a value of its own, and the emit that passes that value on."""
+        anchor, dims = replace(emit.anchor, slot=0), self.recipes[node].dims
+        form = AffineForm((Part({anchor: _term_of(emit, part.channels, dims)}, emit.kernels[1], part.channels),), dims)
+        return self._value_of_its_own(node, Recipe(form, ((replace(emit, anchor=anchor),),)), made)
+
+    def _value_of_its_own(self, node: str, recipe: Recipe, made: list[str]) -> Emit:
+        """What a decision has computed by a recipe as a value of its own; gives the emit that passes that value on."""
         name = self._new_name(node)
         made.append(name)
-        dims = self.recipes[node].dims
         self.hosts[name] = self.hosts.get(node, node)
         self.order[name] = self.order[node] - 0.5 / (1 + len(made))
-        self.shapes[name] = self.shape_of(node, part.channels, dims)
+        self.shapes[name] = self.shape_of(node, recipe.form.channels, recipe.dims)
         self.inlined[name] = tuple(dict.fromkeys((*self.inlined[node], node)))
         self.equal[name] = self.equal.get(node, ())
-        anchor = replace(emit.anchor, slot=0)
-        form = AffineForm((Part({anchor: _term_of(emit, part.channels, dims)}, emit.kernels[1], part.channels),), dims)
-        self._set(name, Recipe(form, ((replace(emit, anchor=anchor),),)))
-        self.readers.setdefault(anchor.source, set()).add(name)
+        self._set(name, recipe)
+        for source in self.sources(name):
+            self.readers.setdefault(source, set()).add(name)
         return Emit(Anchor(name))
 
     def shape_of(self, node: str, channels: int | None, dims: int | None) -> Shape:
