@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from blocks import Block, net
-from torch import nn
+from torch import Tensor, nn
 
 import fxrep
 
@@ -22,6 +22,9 @@ pytestmark = pytest.mark.skipif(
     not (BROWSER and DRIVER), reason="the page is not tested in a browser: apt-get install chromium chromium-driver"
 )
 DESK, PHONE = (1280, 900), (390, 800)
+WIDER = """[...document.querySelectorAll("section, section .scroll, section p, figure")]
+    .filter((part) => part.scrollWidth > part.clientWidth).map((part) => part.id || part.className)"""
+"""What holds more than can be seen of it without moving it sideways."""
 
 
 @pytest.fixture(scope="module")
@@ -37,6 +40,26 @@ def browser() -> Iterator[Any]:
     driver.quit()
 
 
+class Picky(nn.Module):
+    """Of several inputs, and with much to say of a batch of three if it is asked to mind."""
+
+    def __init__(self, minds: bool) -> None:
+        super().__init__()
+        self.net, self.minds = net(torch.float32), minds
+
+    def forward(self, x: Tensor, tokens: Tensor, mask: Tensor) -> Tensor:
+        if self.minds and len(x) == 3:
+            raise ValueError("a_name_without_any_place_to_break_" * 6)
+        return self.net(x) + tokens.mean() * mask.mean()
+
+
+def a_long_verdict() -> dict[str, Any]:
+    x = tuple(torch.randn(sizes) for sizes in ((1, 3, 24, 24), (1, 77, 1024), (1, 3, 128, 128)))
+    verdict = fxrep.verify(Picky(False), Picky(True), x)
+    assert not verdict
+    return verdict.to_dict()
+
+
 @pytest.fixture(scope="module")
 def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("pages")
@@ -45,6 +68,7 @@ def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     large = fxrep.explain(nn.Sequential(*(Block(3) for _ in range(125))))
     html = {
         "small": collapsed.report.to_html(fxrep.verify(small, collapsed).to_dict()),
+        "wrong": collapsed.report.to_html(a_long_verdict()),
         "large": large.to_html(),
     }
     for name, text in html.items():
@@ -80,12 +104,13 @@ def colours(browser: Any) -> tuple[set[Any], Any]:
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("size", [DESK, PHONE], ids=["desk", "phone"])
-@pytest.mark.parametrize("name", ["small", "large"])
+@pytest.mark.parametrize("name", ["small", "large", "wrong"])
 def test_it_is_drawn_without_a_complaint_and_fits(browser: Any, pages: Any, name: str, size: Any, scheme: str):
     opened(browser, pages[name], size, scheme)
     assert browser.get_log("browser") == []
     assert run(browser, "performance.getEntriesByType('resource').length") == 0
     assert run(browser, "document.documentElement.scrollWidth") <= size[0]
+    assert run(browser, WIDER) == []
     assert int(run(browser, "document.documentElement.dataset.ready")) > (1000 if name == "large" else 30)
     found, corner = colours(browser)
     assert (sum(corner) > 600) == (scheme == "light")

@@ -143,18 +143,18 @@ def _verdict(verdict: Mapping[str, Any] | None) -> str:
     return (
         f"<p>Both were run in {escape(verdict['dtype'])} on random inputs; errors are against the original in float64, "
         f"relative to its largest value.{ratio}</p>"
-        f"<table><thead><tr>{head}</tr></thead><tbody>{''.join(rows)}</tbody></table>"
+        f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{"".join(rows)}</tbody></table></div>'
     )
 
 
 def _trial(trial: Mapping[str, Any]) -> str:
-    cells = [trial["inputs"], trial["memory_format"]]
+    cells = [trial["inputs"], trial["memory_format"].replace("_", " ")]
     worst = max(trial["comparisons"], key=lambda c: c["error"] / c["allowed"], default=None)
-    if worst is None:
-        return _row([*cells, trial["problem"], "", "", "no"])
-    fine = not (trial["problem"] or worst["problem"]) and worst["error"] <= worst["allowed"]
-    numbers = [f"{worst[key]:.2g}" for key in ("error", "own_error", "allowed")]
-    return _row([*cells, *numbers, "yes" if fine else f"no {worst['problem']}"])
+    problem = trial["problem"] or (worst["problem"] if worst else "")
+    numbers = [f"{worst[key]:.2g}" for key in ("error", "own_error", "allowed")] if worst else ["", "", ""]
+    fine = worst is not None and not problem and worst["error"] <= worst["allowed"]
+    why = f'<tr class="why"><td colspan="6">{escape(problem)}</td></tr>' if problem else ""
+    return _row([*cells, *numbers, "yes" if fine else "no"]) + why
 
 
 def _row(cells: Sequence[str]) -> str:
