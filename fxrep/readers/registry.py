@@ -230,10 +230,11 @@ class Call:
     def rank(self, argument: Any) -> int:
         shape = self.shape(argument)
         rank = self.shapes.rank(shape)
-        has_channels = len(shape.tail) > 1 and isinstance(shape.tail[0], int)  # a pad alone tells only the last axes
+        least = self.shapes.least_rank(shape)
+        has_channels = least > 1 and isinstance(self.shapes.dim(shape, -least), int)  # a pad tells only the last axes
         if rank is None and self.assumes and shape.root is not None and has_channels:
-            self.facts.assumed[shape.root] = len(shape.tail) + 1
-            return len(shape.tail) + 1
+            self.facts.assumed[shape.root] = least + 1
+            return least + 1
         if rank is None:
             raise Illegal(
                 "rank-unknown",
