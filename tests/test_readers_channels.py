@@ -100,7 +100,7 @@ BODIES = {
     "shuffle by views of a sum": (lambda m, x: m.point(shuffled(m.wide(x), 2)) + shuffled(x, 2), ""),
     "shuffle unit": (shuffle_unit, "c3 b0"),
     "flip": (lambda m, x: m.bn(m.a(x).flip(1)), "c1"),
-    "slice of a sum whose axes a layer tells": (lambda m, x: (x - m.a(x)).narrow(1, 2, 1), "c1 a0"),
+    "slice whose axes a layer tells": (lambda m, x: 2 * torch.stack([x, m.a(x)]).sum(0).narrow(1, 2, 1), "c1 a0 m0"),
     "cat of a shared part": (lambda m, x: m.bn8(torch.cat([y := m.a(x), y], 1)), "c1"),
     "cat, split, cat": (lambda m, x: torch.cat(torch.cat([m.a(x), m.c(x)], 1).split([3, 5], 1)[::-1], 1), "c1"),
 }  # fmt: skip

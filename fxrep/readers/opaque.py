@@ -44,7 +44,8 @@ SAME_METHODS = (
 BROADCASTING = (
     operator.add, torch.add, "add", operator.iadd, "add_", operator.sub, torch.sub, "sub", operator.mul, torch.mul,
     "mul", operator.imul, "mul_", operator.truediv, torch.div, "div", torch.maximum, torch.minimum,
-    operator.isub, "sub_",
+    operator.isub, "sub_", torch.rsub, "__rsub__", torch.subtract, "subtract", torch.multiply, "multiply",
+    operator.itruediv, "div_", torch.divide, "divide", torch.true_divide,
 )  # fmt: skip
 MAX_POOLS: dict[Any, int] = {
     nn.MaxPool1d: 1, nn.MaxPool2d: 2, nn.MaxPool3d: 3, F.max_pool1d: 1, F.max_pool2d: 2, F.max_pool3d: 3,
