@@ -10,7 +10,7 @@ import pytest
 import torch
 from blocks import image
 from helpers import randomise, relative_error
-from reader_cases import Net, bn, conv
+from reader_cases import Net, bn, conv, linear
 from torch import Tensor, nn
 
 import fxrep
@@ -156,6 +156,24 @@ def test_what_a_norm_frees_makes_up_for_the_biases_of_another_layer():
     assert (collapsed.report.after["mul"], collapsed.report.after["add"]) == (0, 0)
     assert stored(collapsed) <= stored(wide)
     assert relative_error(collapsed(x), wide(x)) < 1e-12
+
+
+def test_the_zero_that_a_sum_begins_with_stores_nothing():
+    network, x = ready(Net(lambda m, x: sum([x, m.linear(x)]), linear=linear(bias=False))), torch.randn(3, 4).double()
+    collapsed = fxrep.reparameterize(network)
+    assert collapsed.report.after["add"] == 0
+    assert stored(collapsed) == stored(network)
+    assert relative_error(collapsed(x), network(x)) < 1e-12
+
+
+@pytest.mark.parametrize("scaled", [lambda y: y * 2 * 3, lambda y: y + 1 + 2, lambda y: 1 - y / 2, lambda y: 2 * y + 1])
+def test_a_scale_by_plain_numbers_stores_nothing(scaled: Callable[[Tensor], Tensor]):
+    network, x = ready(Net(lambda m, x: scaled(y := m.conv(x)).relu() + y.tanh(), conv=conv())), image(3, 4, 5, 5)
+    collapsed = fxrep.reparameterize(network)
+    assert len(collapsed.report.collapses) == 1
+    assert stored(collapsed) == stored(network)
+    assert sum(collapsed.report.after.values()) == sum(collapsed.report.before.values()) - 1
+    assert relative_error(collapsed(x), network(x)) < 1e-12
 
 
 def test_expressions_are_the_same_by_their_form_and_their_leaves():

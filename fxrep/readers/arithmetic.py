@@ -190,7 +190,9 @@ def _sum(one: AffineForm, other: AffineForm, aligned: bool) -> AffineForm:
 
 
 def _shifted(at: Call, x: Node, form: AffineForm, shift: Kernel) -> AffineForm:
-    """The form, of the shape of x, with a constant added."""
+    """The form, of the shape of x, with a constant added; a zero, as `sum` begins with, is none."""
+    if isinstance(shift, K.Constant) and shift.value == 0:
+        return form
     vector, dims = per_channel(at, x, shift)
     return form + forms.constant(vector, dims)
 
