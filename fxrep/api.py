@@ -130,6 +130,8 @@ def aim_of(
     """What is to be made least on the device that holds the tensors, by its shipped profile if by no other."""
     found = ((t.device, t.dtype) for t in tensors if t.is_floating_point())
     first = next(found, (torch.device("cpu"), torch.float32))
+    if profile is not None and not isinstance(profile, Profile):
+        raise FxrepError(f"profile is {profile!r}; pass a Profile, such as fxrep.calibrate(), or leave it out")
     chosen = profile or profile_for(first[0].type)
     if autotune and objective != "latency":
         raise FxrepError(f"autotune measures time, which objective={objective!r} does not ask for; leave one out")
@@ -168,6 +170,8 @@ def check_model(model: object) -> nn.Module:
     if isinstance(model, (str, Path)):
         given = f"{type(model).__name__} {str(model)!r}"
         raise FxrepError(f"got the {given}, not a model; build it first, and fxrep.load_weights reads a checkpoint")
+    if isinstance(model, Tensor):
+        raise FxrepError("got a Tensor, not a torch.nn.Module; the model comes first, inputs after it")
     raise FxrepError(f"got {type(model).__name__}, not a torch.nn.Module; pass the model itself")
 
 
@@ -193,8 +197,15 @@ def bind_examples(model: nn.Module, example_inputs: Examples) -> dict[str, Any]:
         else:
             bound = signature.bind(*((example_inputs,) if isinstance(example_inputs, Tensor) else example_inputs))
     except TypeError as error:
-        raise FxrepError(f"example_inputs do not fit {type(model).__name__}.forward{signature}: {error}") from None
+        fact = f"{type(model).__name__}.forward{signature}: {error}"
+        raise FxrepError(f"example_inputs do not fit {fact}{_shape_hint(example_inputs)}") from None
     return dict(bound.arguments)
+
+
+def _shape_hint(given: Examples) -> str:
+    if not isinstance(given, (tuple, list)) or not all(type(size) is int for size in given):
+        return ""
+    return f"; numbers are no inputs, a tensor of that shape is: torch.randn{tuple(given)}"
 
 
 def finished(

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Iterable
 from dataclasses import dataclass
+from pathlib import Path
 
 
 class FxrepError(Exception):
@@ -94,6 +97,17 @@ UNTOLD = frozenset({"not-affine"})
 def _check_code(code: str) -> None:
     if code not in CODES:
         raise ValueError(f"unknown refusal code {code!r}; the codes are: {', '.join(sorted(CODES))}")
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    close = difflib.get_close_matches(name, list(known), n=3)
+    return f": did you mean {' or '.join(close)}?" if close else ""
+
+
+def no_file(path: Path) -> str:
+    """That there is none, where it was looked for, and what lies there that is called alike."""
+    beside = [str(path.parent / file.name) for file in path.parent.iterdir()] if path.parent.is_dir() else []
+    return f"there is no file {path} (looked from {Path.cwd()}){did_you_mean(str(path), beside)}"
 
 
 class Illegal(Exception):

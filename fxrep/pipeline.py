@@ -46,7 +46,7 @@ class Pipeline:
         shapes = {**_example_shapes(self.graph, examples), **told.examples}
         self.readings = read_graph(self.graph, self.modules, {name: len(shape) for name, shape in shapes.items()}, told)
         self.nodes: dict[str, Node] = {n.name: n for n in self.graph.nodes}
-        _check_examples(self.readings, shapes)
+        _check_examples(self.graph, self.readings, shapes)
         self.like = like_of(traced.root)
         self.problem = _problem(self.graph, self.modules, self.readings, writes, shapes)
         self.make_plan = partial(make_plan, aim=aim, strict=strict, legal=legal)
@@ -209,17 +209,18 @@ def _example_shapes(graph: Graph, examples: Mapping[str, Any]) -> dict[str, tupl
     return {name: tuple(t.shape) for name, t in inputs.items() if isinstance(t, Tensor)}
 
 
-def _check_examples(readings: Readings, examples: Mapping[str, tuple[int, ...]]) -> None:
+def _check_examples(graph: Graph, readings: Readings, examples: Mapping[str, tuple[int, ...]]) -> None:
     """Raises FxrepError where an op of the network refuses an example input."""
     shapes = readings.facts.shapes
+    called = {n.name: n.target for n in graph.nodes if n.op == "placeholder"}  # as the forward calls them
     for name, given in examples.items():
         if name in shapes.conflicts:
             wanted = shapes.conflicts[name]
-            raise FxrepError(f"example_inputs: {name} has {len(given)} axes; the network takes {wanted}")
+            raise FxrepError(f"example_inputs: {called[name]} has {len(given)} axes; the network takes {wanted}")
         for axis, size in shapes.sizes.items():
             if axis.root == name and -axis.index <= len(given) and given[axis.index] != size:
                 fact = f"{given[axis.index]} at axis {axis.index} of its shape {given}"
-                raise FxrepError(f"example_inputs: {name} has {fact}; the network takes {size}")
+                raise FxrepError(f"example_inputs: {called[name]} has {fact}; the network takes {size}")
 
 
 def _problem(

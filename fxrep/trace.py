@@ -38,7 +38,7 @@ def trace(
     """
     obstacle = _obstacle(root)
     if obstacle:
-        return untraceable(type(root).__name__, obstacle)
+        return untraceable(type(root).__name__, *obstacle)
     kept = dict(whole)
     while True:
         kept_from_the_start = frozenset(kept)
@@ -59,8 +59,8 @@ def trace(
 WRITES = "its forward writes what the module keeps"
 
 
-def untraceable(name: str, reason: str) -> Refusal:
-    return Refusal(name, "not-traceable", f"kept with its own forward: {reason}")
+def untraceable(name: str, reason: str, hint: str = "") -> Refusal:
+    return Refusal(name, "not-traceable", f"kept with its own forward: {reason}", hint)
 
 
 def _finished(root: nn.Module, graph: fx.Graph, kept: Mapping[str, str]) -> Traced:
@@ -72,15 +72,15 @@ def _finished(root: nn.Module, graph: fx.Graph, kept: Mapping[str, str]) -> Trac
     return Traced(root, graph, inside, dict(first_names(named_modules(root))))
 
 
-def _obstacle(root: nn.Module) -> str:
-    """Why fx would trace something else than what the root runs, or nothing."""
+def _obstacle(root: nn.Module) -> tuple[str, ...]:
+    """Why fx would trace something else than what the root runs, and a hint; or nothing."""
     if isinstance(root, torch.jit.ScriptModule):
-        return "it is a TorchScript program; collapse the module that it was made from, then script or trace that"
+        return "it is a TorchScript program", "collapse the module that it was made from, then script or trace that"
     if type(root).forward is nn.Module.forward:
-        return "it has no forward: a container, whose entries can be collapsed one by one"
+        return "it has no forward: it is a container", "collapse its entries one by one, or the module that calls them"
     if "forward" in vars(root):
-        return "the root's forward was replaced on the instance"
+        return ("the root's forward was replaced on the instance",)
     kinds = {p.kind for p in inspect.signature(type(root).forward).parameters.values()}
     if kinds >= {inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.KEYWORD_ONLY}:
-        return "the root's forward has keyword-only arguments after *args, which a traced graph cannot take"
-    return ""
+        return ("the root's forward has keyword-only arguments after *args, which a traced graph cannot take",)
+    return ()

@@ -111,6 +111,14 @@ def test_open_axes_are_tried_where_only_some_sizes_are_taken(tmp_path: Path):
     assert {t.inputs for t in done.trials} == {"2x3x16x16", "2x3x16x8", "2x3x8x16"}
 
 
+def test_open_axes_that_could_not_be_tried_are_told(tmp_path: Path):
+    model = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.Flatten(), nn.Linear(4 * 64, 2))
+    x = image(2, 3, 8, 8, dtype=torch.float32)
+    done = fxrep.convert(model, tmp_path / "net.pt2", x, dynamic=(2, 3))
+    assert done.notes == ("the original ran at no other size than 2x3x8x8, so that open axes say nothing of the file",)
+    assert not fxrep.convert(model, tmp_path / "batch.pt2", x, dynamic=(0,)).notes
+
+
 class Remembers(nn.Module):
     """A forward that cannot be traced as it is, and reaches into what it calls: capturing it goes through."""
 

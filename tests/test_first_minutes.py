@@ -88,6 +88,14 @@ def test_what_is_around_a_network_does_not_keep_it_from_collapsing(kind: str):
     assert fxrep.explain(model).after == collapsed.report.after
 
 
+@pytest.mark.parametrize("kind", ["DataParallel", "torch.compile"])
+def test_an_original_in_a_wrapper_is_verified_without_inputs(kind: str):
+    model = WRAPPED[kind]()
+    verdict = fxrep.verify(model, fxrep.reparameterize(model))
+    assert verdict
+    assert verdict.model == type(net()).__name__
+
+
 def test_an_experiment_still_fits_after_its_copy_was_collapsed():
     model = Experiment()
     trainer = model._trainer = type("Trainer", (), {"progress": staticmethod(lambda _index: None)})
@@ -110,15 +118,14 @@ def test_a_torchscript_program_comes_back_as_it_is_and_says_what_to_collapse(mak
     assert relative_error(result(image()), net().eval()(image())) < 1e-12
     (refusal,) = result.report.refusals
     assert refusal.code == "not-traceable"
-    assert "collapse the module that it was made from" in refusal.reason
+    assert "collapse the module that it was made from" in refusal.hint
     assert fxrep.verify(make(net()), fxrep.reparameterize(net().eval()), image())
 
 
 def test_a_container_without_forward_says_so():
-    refusals = fxrep.reparameterize(nn.ModuleList([net()])).report.refusals
-    assert [r.reason for r in refusals if r.node == "ModuleList"] == [
-        "kept with its own forward: it has no forward: a container, whose entries can be collapsed one by one"
-    ]
+    (refusal,) = fxrep.reparameterize(nn.ModuleList([net()])).report.refusals
+    assert refusal.reason == "kept with its own forward: it has no forward: it is a container"
+    assert "collapse its entries one by one" in refusal.hint
 
 
 def test_a_quantised_layer_stays_and_what_is_around_it_collapses():
@@ -216,8 +223,12 @@ def test_a_model_without_numbers_collapses_into_one_of_its_shape():
     assert collapsed.report.after == fxrep.reparameterize(net()).report.after
 
 
+NAME = Path(__file__).name.replace(".", r"\.")
 WRONG: dict[str, tuple[Callable[[], Any], str]] = {
-    "input first": (lambda: fxrep.reparameterize(image(), net()), "got Tensor"),
+    "input first": (lambda: fxrep.reparameterize(image(), net()), "the model comes first"),
+    "a shape for an input": (lambda: fxrep.explain(net(), (1, 3, 8, 8)), r"shape is: torch\.randn\(1, 3, 8, 8\)"),
+    "the wrong channels": (lambda: fxrep.explain(nn.Conv2d(3, 4, 1), image(1, 4, 8, 8)), "example_inputs: input has 4"),
+    "a word for a profile": (lambda: fxrep.explain(net(), profile="measured"), "pass a Profile, such as fxrep.calib"),
     "nothing": (lambda: fxrep.reparameterize(None), "got NoneType"),
     "a path": (lambda: fxrep.reparameterize("weights.pth"), "load_weights"),
     "a pathlib path": (lambda: fxrep.explain(Path("weights.pth")), "load_weights"),
@@ -252,7 +263,8 @@ WRONG: dict[str, tuple[Callable[[], Any], str]] = {
     "load into what has no numbers": (lambda: fxrep.load_weights(net().to("meta"), "w.pth"), "to_empty"),
     "the file first": (lambda: fxrep.load_weights("weights.pth", net()), "load_weights.model, file"),
     "a folder": (lambda: fxrep.load_weights(net(), "."), "is a folder"),
-    "a misspelt file": (lambda: fxrep.load_weights(net(), "nowhere.pth"), "there is no file"),
+    "no file": (lambda: fxrep.load_weights(net(), "nowhere.pth"), "there is no file"),
+    "a misspelt file": (lambda: fxrep.load_weights(net(), Path(__file__).with_suffix(".yp")), rf"mean .*{NAME}"),
 }
 
 

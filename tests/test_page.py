@@ -188,7 +188,9 @@ def test_the_page_tells_the_verdict_that_it_is_given():
     assert "verified equal" in collapsed.report.to_html(fxrep.verify(model, collapsed).to_dict())
     with torch.no_grad():
         collapsed.get_submodule("stages.1.0.reparam").weight.mul_(1.01)
-    assert "NOT EQUAL" in collapsed.report.to_html(fxrep.verify(model, collapsed).to_dict())
+    wrong = collapsed.report.to_html(fxrep.verify(model, collapsed).to_dict())
+    assert "NOT EQUAL" in wrong
+    assert "They part at <code>stages.1.0.reparam</code>." in wrong
     assert "not verified here" in collapsed.report.to_html()
 
 

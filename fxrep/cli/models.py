@@ -14,8 +14,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-from fxrep.cli.common import Input, did_you_mean, summary
-from fxrep.errors import Unusable
+from fxrep.cli.common import Input, summary
+from fxrep.errors import Unusable, did_you_mean, no_file
 
 if TYPE_CHECKING:
     from torch import Generator, Tensor, nn
@@ -32,13 +32,17 @@ Weights are random: nothing is downloaded.
 """
 
 
+FORMS = "torchvision:NAME, timm:NAME or path/or.module:callable"
+
+
 def load(model: str) -> nn.Module:
     scheme, _, name = model.partition(":")
     if name and scheme in ZOOS:
         return ZOOS[scheme](name)
     source, _, name = model.rpartition(":")
     if not (source and name):
-        raise Unusable(f"{model!r} names no model: write torchvision:NAME, timm:NAME or path/or.module:callable")
+        what = f"{model}:NAME of a class or function in it" if model.endswith(".py") else FORMS
+        raise Unusable(f"{model!r} names no model: write {what}")
     module = load_file(Path(source)) if source.endswith(".py") else load_module(source)
     return as_module(find(module, name, source), model)
 
@@ -90,7 +94,7 @@ def check_known(name: str, known: Iterable[str], zoo: str) -> None:
 
 def load_file(path: Path) -> ModuleType:
     if not path.is_file():
-        raise Unusable(f"there is no file {path} (looked from {Path.cwd()})")
+        raise Unusable(no_file(path))
     name = f"_fxrep_user_{path.stem}"
     spec = importlib.util.spec_from_file_location(name, path)
     assert spec is not None and spec.loader is not None, "a file that ends in .py has a loader"
@@ -109,7 +113,7 @@ def load_module(name: str) -> ModuleType:
         return importlib.import_module(name)
     except (Exception, SystemExit) as error:
         if isinstance(error, ModuleNotFoundError) and error.name and f"{name}.".startswith(f"{error.name}."):
-            hint = did_you_mean(name, ZOOS) or ": write torchvision:NAME, timm:NAME or path/or.module:callable"
+            hint = did_you_mean(name, ZOOS) or f": write {FORMS}"
             raise Unusable(f"{name!r} is neither torchvision, timm nor an importable module{hint}") from error
         raise Unusable(broken_import(name, f"python -c 'import {name}'", error)) from error
 

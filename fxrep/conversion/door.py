@@ -45,7 +45,7 @@ class Conversion:
     format: str
     dtype: str
     notes: tuple[str, ...]
-    """What was done to the checkpoint's names on the way, and what of the outputs could not be told."""
+    """What was done to the checkpoint's names on the way, and what of the outputs and open axes could not be told."""
     report: Report
     verdict: Verdict
     """The collapsed network against the original, in the original's dtype."""
@@ -116,7 +116,9 @@ def convert(
     check_target(target, force)
     form.check_installed()
     if form.has_program and example_inputs is None:
-        raise Unusable(f"a {form.name} file is made for an input: give example_inputs, or --input on the command line")
+        raise Unusable(
+            f"a file of {form.name} is made for an input: give example_inputs, or --input on the command line"
+        )
     kind = _dtype(dtype, model)
     _check_axes(dynamic, example_inputs)
     original = copied(model)
@@ -138,7 +140,7 @@ def convert(
         trials = _run(_written(form, payload, scratch, kind), original, cases, kind)
         files = tuple(sorted(str(target.parent / f.name) for f in scratch.parent.iterdir()))
     name = str(kind).removeprefix("torch.")
-    notes = (*notes, *_undecided(trials, name))
+    notes = (*notes, *_undecided(trials, name), *_unopened(trials, dynamic))
     return Conversion(str(target), files, form.name, name, notes, report, verdict, trials)
 
 
@@ -150,6 +152,11 @@ def _undecided(trials: Sequence[Trial], dtype: str) -> Iterator[str]:
             f"the original's own {worst.output} in {dtype} is off by {worst.own_error:.2g} from the one in float64, so "
             "that running the file tells little of it; --dtype fp64 would"
         )
+
+
+def _unopened(trials: Sequence[Trial], dynamic: Sequence[int]) -> Iterator[str]:
+    if dynamic and len({t.inputs for t in trials}) == 1:
+        yield f"the original ran at no other size than {trials[0].inputs}, so that open axes say nothing of the file"
 
 
 def _check_arguments(model: object, path: object, dynamic: object) -> None:

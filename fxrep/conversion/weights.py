@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fxrep.errors import Unusable
+from fxrep.errors import Unusable, no_file
 
 NAMES_TOLD = 3
 DEPTH = 3  # of the mappings in a checkpoint that are looked into
@@ -99,8 +99,7 @@ def _check_arguments(model: object, file: object) -> None:
 
 def _read(path: Path, trust: bool) -> Any:
     if not path.is_file():
-        fact = f"{path} is a folder" if path.is_dir() else f"there is no file {path} (looked from {Path.cwd()})"
-        raise Unusable(fact)
+        raise Unusable(f"{path} is a folder" if path.is_dir() else no_file(path))
     _check_start(path)
     if path.suffix == ".safetensors":
         return _read_safetensors(path)

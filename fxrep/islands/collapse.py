@@ -67,6 +67,8 @@ class Islands:
 
     def _inside(self, path: str, module: nn.Module, used: frozenset[str]) -> Iterator[Report]:
         """Collapses what is in a module that keeps its own forward. `used` is what the graph around it uses too."""
+        if getattr(type(module), "forward", None) is nn.Module.forward:
+            return  # a container, which nobody calls
         calls = calls_of(module)
         chained: set[str] = set()
         for chain in self._runs(path, module, calls, used):

@@ -139,10 +139,12 @@ def _verdict(verdict: Mapping[str, Any] | None) -> str:
         return "<p>The two networks were not run beside each other for this page; <code>fxrep.verify</code> does.</p>"
     rows = [_trial(t) for t in verdict["trials"]]
     ratio = "" if verdict["ratio"] is None else f" Its mean error is {verdict['ratio']:.2f} times the original's own."
+    parted = "" if verdict["equal"] or not verdict["parted"] else verdict["parted"]["layer"]
+    where = f" They part at <code>{escape(parted)}</code>." if parted else ""
     head = "".join(f"<th>{h}</th>" for h in ("input", "memory", "collapsed", "original", "allowed", "equal"))
     return (
         f"<p>Both were run in {escape(verdict['dtype'])} on random inputs; errors are against the original in float64, "
-        f"relative to its largest value.{ratio}</p>"
+        f"relative to its largest value.{ratio}{where}</p>"
         f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{"".join(rows)}</tbody></table></div>'
     )
 

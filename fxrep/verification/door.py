@@ -16,6 +16,7 @@ from fxrep.verification.inputs import Case, Examples, Sampler, own_size, sampler
 from fxrep.verification.localise import localise
 from fxrep.verification.models import copied, kinds, like, run, wide, widened
 from fxrep.verification.verdict import Comparison, Parting, Probe, Trial, Verdict, is_blind
+from fxrep.wrappers import unwrapped
 
 FAILED, UNSEEN = 16, 256
 """How far a layer's value may be from the original's, in units of rounding of the weights, before it is named: where
@@ -33,7 +34,8 @@ def verify(
     depend on the input, as in a network that was never trained, all layers must agree as well.
 
     Args:
-        original: any module; both run as copies in eval mode and are not touched, nor is the random state.
+        original: any module; both run as copies in eval mode and are not touched, nor is the random state. Of an
+            original that is compiled, or in DataParallel, the model inside is run.
         collapsed: what should give the same, in the same dtype and on the same device.
         example_inputs: a tensor, a tuple of positional or a dict of keyword arguments. Their shapes and dtypes matter;
             numbers are random, but for arguments that are no floating-point tensors; they are brought to the model's
@@ -50,6 +52,7 @@ def verify(
         FxrepError: wrong arguments, or no input on which the original runs.
     """
     _check(original, collapsed, trials)
+    original = unwrapped(original)
     own, new, truth = copied(original), copied(collapsed), widened(original)
 
     def attempt(case: Case) -> str | None:
