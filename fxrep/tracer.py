@@ -267,5 +267,6 @@ class Tracer(Recorder):
 
 
 def told(error: Exception) -> str:
-    """An exception in one line."""
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"
+    """An exception in one line, without where torch's documents say more."""
+    fact = " ".join(str(error).split()).partition(" See the torch.fx docs")[0]
+    return f"{type(error).__name__}: {fact[:160].rstrip('.')}"

@@ -17,6 +17,7 @@ import pytest
 
 import fxrep
 from fxrep.cli import make_parser
+from fxrep.cli.models import load
 from fxrep.errors import CODES
 
 ROOT = Path(__file__).parents[1]
@@ -74,6 +75,31 @@ def test_every_command_in_the_documents_is_one(runner: ModuleType):
     assert len(commands) >= 6
     for command in commands:
         make_parser().parse_args(itertools.takewhile(lambda word: word != ">", command))
+
+
+def rows(name: str, pattern: str) -> list[tuple[str, ...]]:
+    """Rows of a document's table: the name of a network, its calls before and after."""
+    return re.findall(pattern, (ROOT / name).read_text(encoding="utf-8"), re.MULTILINE)
+
+
+README = rows("README.md", r"^\| (\w+) `(\w+)` \| ([\d /]+) \| ([\d /]+) \|$")
+BESIDE = rows("docs/comparison.md", r"^\| `(\w+):(\w+)` +\| ([\d /]+?) +\|.*\| ([\d /]+?) +\|$")
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+@pytest.mark.parametrize(
+    ("zoo", "name", "before", "after", "layers"),
+    [(*row, ("conv",)) for row in README] + [(*row, ("conv", "linear")) for row in BESIDE],
+)
+def test_calls_are_counted_as_the_tables_say(zoo: str, name: str, before: str, after: str, layers: tuple[str, ...]):
+    report = fxrep.explain(load(f"{zoo}:{name}"))
+    for counts, said in ((report.before, before), (report.after, after)):
+        assert f"{sum(counts[kind] for kind in layers)} / {counts['bn']} / {counts['add']}" == said
+
+
+def test_both_tables_of_calls_are_found():
+    assert (len(README), len(BESIDE)) == (5, 12)
 
 
 def test_every_extra_in_the_documents_is_one(runner: ModuleType):

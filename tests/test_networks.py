@@ -38,7 +38,7 @@ TIMM = {
     "fastvit_t8": ({"conv": 68, "bn": 70, "add": 67, "mul": 21}, {"conv": 52, "bn": 0, "add": 10, "mul": 1, "sub": 0}),
     "repvit_m1": ({"conv": 126, "bn": 108, "add": 73}, {"conv": 103, "linear": 1, "bn": 0, "add": 26}),
     "repghostnet_050": ({"conv": 95, "bn": 112, "add": 48}, {"conv": 95, "bn": 0, "add": 16}),
-    "ghostnetv3_050": ({"conv": 309, "bn": 326}, {"conv": 139, "bn": 0}),
+    "ghostnetv3_050": ({"conv": 309, "bn": 326}, {"conv": 137, "bn": 0, "add": 16}),
     "shvit_s1": ({"conv": 77, "bn": 74, "add": 39}, {"conv": 77, "bn": 0, "add": 24}),
     "levit_128s": ({"bn": 52}, {"bn": 0}),
     "hgnetv2_b0": ({"conv": 43, "bn": 42}, {"conv": 43, "bn": 0}),
