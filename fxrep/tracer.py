@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 from torch.overrides import TorchFunctionMode, is_tensor_method_or_property
+from torch.utils._pytree import tree_leaves
 
 from fxrep.proxies import (
     IS_CONSTANT,
@@ -251,16 +252,30 @@ class Tracer(Recorder):
                 continue
             name = str(arg.node.target)
             default = parameters[name].default if name in parameters else inspect.Parameter.empty
-            if default is inspect.Parameter.empty or isinstance(self.examples.get(name), Tensor):
+            if default is inspect.Parameter.empty:
                 continue
             if name == given and default is None and name not in self.examples:
                 self._assert(operator.is_not, arg, None, f"collapsed for a {name} that is given")
                 continue
-            args[i] = default = self.examples.get(name, default)
-            same = operator.is_ if default is None or isinstance(default, bool) else operator.eq
-            message = f"collapsed for {name}={default!r}; pass {name} in example_inputs to collapse it for a tensor"
-            self._assert(same, arg, default, message)
+            args[i] = self._as_given(arg, self.examples.get(name, default), name)
         return function, args
+
+    def _as_given(self, arg: fx.Proxy, given: Any, name: str) -> Any:
+        """A tensor is whatever comes, in a list, tuple or dict as well; all else is taken to be what is given here."""
+        if isinstance(given, Tensor):
+            return arg
+        if type(given) in (tuple, list, dict) and any(isinstance(leaf, Tensor) for leaf in tree_leaves(given)):
+            keys = list(given) if isinstance(given, dict) else range(len(given))
+            message = f"collapsed for {len(given)} entries of {name}"
+            self._assert(operator.is_not, arg, None, message)
+            self._assert(operator.eq, self.create_proxy("call_function", len, (arg,), {}), len(given), message)
+            entries = {key: self.create_proxy("call_function", operator.getitem, (arg, key), {}) for key in keys}
+            parts = {key: self._as_given(entries[key], given[key], f"{name}[{key!r}]") for key in keys}
+            return parts if isinstance(given, dict) else type(given)(parts.values())
+        same = operator.is_ if given is None or isinstance(given, bool) else operator.eq
+        message = f"collapsed for {name}={given!r}; pass {name} in example_inputs to collapse it for a tensor"
+        self._assert(same, arg, given, message)
+        return given
 
     def _assert(self, relation: Callable[[Any, Any], bool], arg: fx.Proxy, other: Any, message: str) -> None:
         torch._assert(self.create_proxy("call_function", relation, (arg, other), {}), message)

@@ -6,7 +6,7 @@ import copy
 import operator
 import types
 from collections import namedtuple
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import pytest
@@ -241,6 +241,28 @@ def test_arguments_with_defaults_are_specialised_aloud() -> None:
     masked = fxrep.reparameterize(network, {"x": x, "mask": mask})
     equal_results(masked, network, x, mask)
     assert executed(masked, x, mask)["b"] == 0
+
+
+class Extras(Branching):
+    def forward(self, x: Tensor, extras: Any = ()) -> Tensor:
+        y = self.bn(self.conv(x))
+        for extra in extras.values() if isinstance(extras, dict) else extras:
+            y = y * extra
+        return y
+
+
+@pytest.mark.parametrize("hold", [tuple, list, lambda parts: dict(enumerate(parts))])
+def test_tensors_inside_an_argument_with_a_default_are_whatever_comes(hold: Callable[[Iterable[Any]], Any]) -> None:
+    network, x = Extras().double().eval(), draw(*SIZES[0])
+    collapsed = fxrep.reparameterize(network, (x, hold([torch.tensor(2.0), 3.0])))
+    assert executed(collapsed, x, hold([torch.tensor(2.0), 3.0]))["b"] == 0
+    equal_results(collapsed, network, x, hold([draw(1, 4, 1, 1), 3.0]))
+    assert fxrep.verify(network, collapsed, (x, hold([draw(1, 4, 1, 1), 3.0])))
+    for others, message in (((2.0,), "2 entries of extras"), ((x, 4.0), r"extras\[1\]=3.0")):
+        with pytest.raises(AssertionError, match=message):
+            collapsed(x, hold(others))
+    with pytest.raises(AssertionError, match="2 entries of extras"):
+        collapsed(x, None)
 
 
 def test_a_first_argument_that_defaults_to_none_is_given() -> None:
