@@ -131,10 +131,10 @@ class Shapes:
     def dim(self, shape: Shape, index: int) -> Dim | None:
         """Axis `index` (negative), or None where it is before the first axis."""
         if -index <= len(shape.tail):
-            return self._known(shape.tail[index])
+            return self.known(shape.tail[index])
         if shape.root is None or -index > self.ranks.get(shape.root, -index):
             return None
-        return self._known(Size(Axis(shape.root, index)))
+        return self.known(Size(Axis(shape.root, index)))
 
     def require_size(self, shape: Shape, index: int, size: int) -> None:
         """An op that takes only `size` along an axis accepted this value."""
@@ -163,7 +163,7 @@ class Shapes:
         """The same shape with every axis that is known spelled out."""
         rank = self.rank(shape)
         if rank is None:
-            return Shape(shape.root, tuple(self._known(d) for d in shape.tail))
+            return Shape(shape.root, tuple(self.known(d) for d in shape.tail))
         axes = [self.dim(shape, i) for i in range(-rank, 0)]
         return Shape(None, tuple(a for a in axes if a is not None))
 
@@ -184,7 +184,8 @@ class Shapes:
         tail = [self.dim(shape, -i) if i > axes else 0 for i in range(max(len(shape.tail), axes), 0, -1)]
         return Shape(shape.root, tuple(t for t in tail if t is not None))
 
-    def _known(self, dim: Dim) -> Dim:
+    def known(self, dim: Dim) -> Dim:
+        """The size by all that is known by now."""
         while isinstance(dim, Size) and isinstance(dim.base, Axis):
             known = self.sizes.get(dim.base, self.equal.get(dim.base))
             if known is None:
@@ -194,7 +195,7 @@ class Shapes:
 
     def evaluate(self, dim: Dim, size_of: Callable[[Axis], int]) -> int:
         """The number that `dim` is when every free axis has the size that `size_of` gives."""
-        dim = self._known(dim)
+        dim = self.known(dim)
         if isinstance(dim, int):
             return dim
         if isinstance(dim.base, Axis):

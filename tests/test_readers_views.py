@@ -83,6 +83,7 @@ FOLDING: dict[str, tuple[Callable[[Any, Tensor], Tensor], str]] = {
     "swapaxes": (lambda m, x: m.bn(m.linear(x).swapaxes(1, 2)).swapaxes(-1, -2), "l1 b0"),
     "torch.swapaxes": (lambda m, x: torch.swapaxes(m.bn(torch.swapaxes(m.linear(x), 1, 2)), 1, 2), "l1 b0"),
     "axis one of a sum": (lambda m, x: m.bn((m.linear(x) + x).transpose(1, 2)).transpose(1, 2), "l1 b0 a0"),
+    "axis one before a layer": (lambda m, x: m.linear(m.bn(x.transpose(1, 2)).transpose(1, 2)), "l1 b0"),
     "scalar between": (lambda m, x: m.again((m.linear(x).transpose(1, 2) * 3 + 1).transpose(2, 1)), "l1 m0 a0"),
 }
 

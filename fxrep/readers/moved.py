@@ -13,7 +13,7 @@ from fxrep.form import AffineForm
 from fxrep.kernel import Kernel
 from fxrep.parts import Part
 from fxrep.readers.registry import Call, find, reader
-from fxrep.readers.views import PERMUTES, TRANSPOSES, axes_of, keeps_rows, layout_of
+from fxrep.readers.views import PERMUTES, TRANSPOSES, axes_of, keeps_rows, layout_of, recorded_layout
 from fxrep.readers.walk import is_hooked
 
 MOVES = "it moves axes"
@@ -30,7 +30,7 @@ def read_moved(at: Call) -> AffineForm:
         return forms.value(source.name)
     scale = _scale_of(at, source)
     (part,), (view,) = scale.parts, scale.sources
-    inner = at.facts.layouts.get(view)
+    inner = recorded_layout(at, view)
     if inner is None or any(axis not in whole for axis in axes):
         raise Illegal("not-affine", MOVES)
     back = tuple(inner.axes[whole.index(axis)] for axis in axes)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from fractions import Fraction
 from itertools import product
 from math import prod
@@ -28,12 +29,21 @@ UNSQUEEZES = (torch.unsqueeze, "unsqueeze")
 
 def layout_of(at: Call, value: Node) -> Layout:
     """The layout of a value: the one recorded for a view, else its own axes, whole."""
-    known = at.facts.layouts.get(value.name)
-    if known is not None:
-        return known
+    recorded = recorded_layout(at, value.name)
+    if recorded is not None:
+        return recorded
     rank = at.rank(value)
     dims = [at.dim(value, i) for i in range(-rank, 0)]
     return Layout(value, tuple((Atom(i, d),) for i, d in zip(range(-rank, 0), dims, strict=True) if d is not None))
+
+
+def recorded_layout(at: Call, view: str) -> Layout | None:
+    """The layout of a view, in the sizes that are known by now: a layer after it may have told some."""
+    layout = at.facts.layouts.get(view)
+    if layout is None:
+        return None
+    axes = (tuple(replace(a, size=at.shapes.known(a.size)) for a in axis) for axis in layout.axes)
+    return Layout(layout.source, tuple(axes))
 
 
 def _view(at: Call, source: Node, axes: Axes) -> Shape:
@@ -189,7 +199,7 @@ def _split(atom: Atom, need: Dim, left: Dim, from_end: bool) -> tuple[Atom, Atom
 
 def axes_of(at: Call) -> tuple[Node, Axes]:
     """The source and the axes of the view that this node is. Raises Illegal where they are not known."""
-    layout = at.facts.layouts.get(at.node.name)
+    layout = recorded_layout(at, at.node.name)
     if layout is None:
         raise Illegal("not-affine", "its sizes do not say which axes it merges and splits")
     return layout.source, layout.axes
