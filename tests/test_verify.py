@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from blocks import image, net
 from helpers import randomise
 from torch import Tensor, nn
 from verification_cases import CONV, DEVICES, HALF, Branches, Untraceable, build
@@ -94,6 +95,27 @@ def test_the_original_is_equal_to_itself():
     model = nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Conv2d(3, 4, 3)), nn.BatchNorm2d(4))
     assert verify(model, model)
     assert verify(model, model).ratio == 1
+
+
+class Off(nn.Module):
+    """A network whose outputs are off by `share` of their largest value: always, or in float32 alone."""
+
+    def __init__(self, net: nn.Module, share: float, always: bool) -> None:
+        super().__init__()
+        self.net, self.share, self.always = net, share, always
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.net(x)
+        return y + self.share * y.abs().max() if self.always or y.dtype is torch.float32 else y
+
+
+def test_more_is_allowed_of_what_is_rounding_as_float64_shows():
+    model = net(torch.float32)
+    x = image(dtype=torch.float32)
+    usual = min(c.allowed for t in verify(model, model, x).trials for c in t.comparisons)
+    assert verify(model, Off(model, 1.3 * usual, always=False), x)
+    assert not verify(model, Off(model, 1.3 * usual, always=True), x)
+    assert not verify(model, Off(model, 4 * usual, always=False), x)
 
 
 def test_sizes_batches_and_memory_formats_vary():

@@ -23,7 +23,7 @@ from fxrep.errors import FxrepError, Unusable
 from fxrep.kernel import is_plain
 from fxrep.report import Report
 from fxrep.verification import Comparison, Trial, Verdict, verify
-from fxrep.verification.compare import Leaf, compare, judged
+from fxrep.verification.compare import ROUNDED, Leaf, compare, judged
 from fxrep.verification.inputs import Case, Examples, Known, own_size, sampler
 from fxrep.verification.models import copied, like, run, wide, widened
 
@@ -86,10 +86,10 @@ def convert(
     """Collapses the model, writes it, and runs the file against the original before it gets its name.
 
     The file is written in a folder beside `path`, and moved when its outputs, from its own runtime, are as close to the
-    original in float64 as the original is in the file's dtype (the rule of `fxrep.verify`). Otherwise, and after an
-    interrupt, nothing is left. Weights in files of their own are moved first, the file itself last. In ONNX the inputs
-    are called as the forward calls its arguments, the outputs by their keys: `logits`, `maps_0`; `output` or `output_0`
-    where there is no key; `x_1` where an input is called `x`.
+    original in float64 as the original is in the file's dtype (at most 8 times as far: `fxrep.verify` has the rule).
+    Otherwise, and after an interrupt, nothing is left. Weights in files of their own are moved first, the file itself
+    last. In ONNX the inputs are called as the forward calls its arguments, the outputs by their keys: `logits`,
+    `maps_0`; `output` or `output_0` where there is no key; `x_1` where an input is called `x`.
 
     Args:
         model: any module; it is not touched.
@@ -276,7 +276,9 @@ def _run(runner: Runner, original: nn.Module, cases: list[Case], kind: torch.dty
     truth, own = widened(original).cpu(), copied(original).to("cpu", kind)
     with torch.no_grad():
         found = [_compared(runner, truth, own, case.mapped(partial(_on_cpu, kind))) for case in cases]
-    trials = tuple(Trial(str(c), c.memory_format, tuple(done)) for c, done in zip(cases, judged(found), strict=True))
+    trials = tuple(
+        Trial(str(c), c.memory_format, tuple(done)) for c, done in zip(cases, judged(found, ROUNDED), strict=True)
+    )
     for trial in trials:
         worst = trial.worst
         if not trial and worst is not None:
