@@ -65,6 +65,7 @@ def nets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "neighbour.py").write_text("from torch import nn\nnet = nn.Sequential(nn.Conv2d(3, 4, 1))\n")
     (tmp_path / "nets.py").write_text(NETS)
+    (tmp_path / "last.pth").touch()
     yield "nets.py"
     for name in ("nets", "neighbour"):
         sys.modules.pop(name, None)
@@ -226,6 +227,7 @@ def test_what_names_no_model(nets, capsys, model: str):
         ("absent/nets.py:Net", "there is no file absent/nets.py (looked from"),
         ("nest.py:Net", "): did you mean nets.py?"),
         ("nets.py", "write nets.py:NAME of a class or function in it"),
+        ("last.pth", "name the network whose weights it holds; fxrep convert takes it as --weights"),
         ("nets.py:Nett", "nets.py has no 'Nett': did you mean Net?"),
         ("nets.py:zzz", "nets.py has no 'zzz': name a module class"),
         ("nets.py:Zoo.nut", "nets.py has no 'Zoo.nut'"),

@@ -41,10 +41,17 @@ def load(model: str) -> nn.Module:
         return ZOOS[scheme](name)
     source, _, name = model.rpartition(":")
     if not (source and name):
-        what = f"{model}:NAME of a class or function in it" if model.endswith(".py") else FORMS
-        raise Unusable(f"{model!r} names no model: write {what}")
+        raise Unusable(f"{model!r} names no model: {_instead(model)}")
     module = load_file(Path(source)) if source.endswith(".py") else load_module(source)
     return as_module(find(module, name, source), model)
+
+
+def _instead(model: str) -> str:
+    if model.endswith(".py"):
+        return f"write {model}:NAME of a class or function in it"
+    if Path(model).is_file():
+        return "name the network whose weights it holds; fxrep convert takes it as --weights"
+    return f"write {FORMS}"
 
 
 def load_torchvision(name: str) -> nn.Module:
