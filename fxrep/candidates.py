@@ -4,6 +4,7 @@ is legal, and lowered to operators; and why what was in sight was not taken."""
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable
+from functools import partial
 from itertools import combinations
 from math import inf
 
@@ -32,6 +33,13 @@ def _has_floats(recipe: Recipe) -> bool:
     return recipe.convolutions > 0 or any(True for e in recipe.emits for _ in K.leaves(e.gain, e.bias))
 
 
+def _is_free(strict: bool, one: Term, a: Term, b: Term) -> bool:
+    """Whether one operator has no more weights than two, and, if `strict`, no zeros."""
+    if strict and isinstance(one, AffineConv) and has_zeros(one.weight):
+        return False
+    return weights_of(one) <= weights_of(a) + weights_of(b)
+
+
 def _why_apart(one: Term, a: Term, b: Term) -> tuple[str, str]:
     """The code and the reason why two terms on one value are not one operator, although that is legal."""
     wide, narrow = weights_of(one), weights_of(a) + weights_of(b)
@@ -46,7 +54,7 @@ class Candidates:
 
     def __init__(self, problem: Problem, aim: Aim, strict: bool, legal: Legal) -> None:
         self.problem, self.strict, self.legal = problem, strict, legal
-        self.join = merge_where(self._is_free)
+        self.join = merge_where(partial(_is_free, strict))  # which holds no more: a cycle would keep all for a while
         self.refusals: dict[tuple[str, str], Refusal] = {}
         self.known: dict[tuple[int, str, int], tuple[AffineForm, AffineForm, Substitution]] = {}
         self.lowered: dict[int, tuple[AffineForm, Recipe | Illegal, float, list[Equal]]] = {}
@@ -124,12 +132,6 @@ class Candidates:
                 except Illegal as illegal:
                     self.lowered[id(form)] = form, illegal, inf, noted
         return self.lowered[id(form)][1:]
-
-    def _is_free(self, one: Term, a: Term, b: Term) -> bool:
-        """Whether one operator has no more weights than two, and, if `strict`, no zeros."""
-        if self.strict and isinstance(one, AffineConv) and has_zeros(one.weight):
-            return False
-        return weights_of(one) <= weights_of(a) + weights_of(b)
 
     def note_apart(self, node: str, form: AffineForm) -> None:
         """A refusal for each pair of terms on one value that are not one operator."""

@@ -12,6 +12,7 @@ import torch
 from torch import fx, nn
 
 from fxrep.errors import Refusal
+from fxrep.proxies import IS_CONSTANT, VALUE
 from fxrep.snapshot import Snapshot
 from fxrep.tracer import Tracer, told
 from fxrep.trees import first_names, named_modules
@@ -65,8 +66,11 @@ def untraceable(name: str, reason: str, hint: str = "") -> Refusal:
 
 def _finished(root: nn.Module, graph: fx.Graph, kept: Mapping[str, str]) -> Traced:
     graph.lint()
-    for node in graph.nodes:  # fx would write a postponed annotation into its code as it stands
-        node.type = None if isinstance(node.type, str) else node.type
+    for node in graph.nodes:
+        if isinstance(node.type, str):  # a postponed annotation, which fx would write into its code as it stands
+            node.type = None
+        for known in (VALUE, IS_CONSTANT):  # numbers of the model, which a copied node would keep
+            node.meta.pop(known, None)
     called = {str(n.target) for n in graph.nodes if n.op == "call_module"}
     inside = {name: reason for name, reason in kept.items() if name in called}
     return Traced(root, graph, inside, dict(first_names(named_modules(root))))

@@ -100,10 +100,22 @@ def _recording(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 class Stack(OrderedDict[str, Any]):
-    """The modules that are being called. fx copies it for every node."""
+    """The modules that are being called. fx copies it for every node; those between two calls share a copy."""
+
+    copied: OrderedDict[str, Any] | None = None
 
     def __copy__(self) -> OrderedDict[str, Any]:
-        return OrderedDict(self)
+        if self.copied is None:
+            self.copied = OrderedDict(self)
+        return self.copied
+
+    def __setitem__(self, name: str, module: Any) -> None:
+        self.copied = None
+        super().__setitem__(name, module)
+
+    def popitem(self, last: bool = True) -> tuple[str, Any]:
+        self.copied = None
+        return super().popitem(last)
 
 
 class Recorder(fx.Tracer):
@@ -145,8 +157,11 @@ class Tracer(Recorder):
             modules = named_modules(root)
             self.tensors = {**parameters(modules), **buffers(modules)}
             self.names = {id(tensor): name for name, tensor in reversed(self.tensors.items())}
-        with Watch(self), recorded_builtins():
-            return super().trace(root, concrete_args)
+        try:
+            with Watch(self), recorded_builtins():
+                return super().trace(root, concrete_args)
+        finally:
+            vars(self).clear()  # fx leaves the tracer in a cycle, which would keep the model's tensors for a while
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         if module_qualified_name in self.kept or is_hooked(m) or isinstance(m, torch.jit.ScriptModule):

@@ -87,6 +87,34 @@ def test_the_result_does_not_keep_the_model_alive():
     assert collapsed.report.collapses
 
 
+class Functional(nn.Module):
+    """A batch norm and a convolution that are called as functions, on parameters that the trace reads."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.bn = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.conv2d(x, self.conv.weight * 2, self.conv.bias).relu()
+        return F.batch_norm(y, self.bn.running_mean, self.bn.running_var, self.bn.weight, self.bn.bias).sigmoid()
+
+
+@pytest.mark.parametrize("make", [net, Functional])
+def test_the_models_tensors_go_with_it(make: Callable[[], nn.Module]):
+    """At once: neither the result nor what the pass has left behind keeps one until Python's collector comes by."""
+    model = make().eval()
+    gc.collect()
+    gc.disable()
+    try:
+        collapsed = fxrep.reparameterize(model)
+        theirs = [weakref.ref(p) for p in model.parameters()]
+        del model
+        assert collapsed.report.before["conv"]
+        assert not [r for r in theirs if r() is not None]
+    finally:
+        gc.enable()
+
+
 class Tied(nn.Module):
     """Two layers on one weight, and a third use of it in the forward."""
 
