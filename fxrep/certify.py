@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import copy
 import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
-from functools import cached_property
 from itertools import chain
 from typing import Any
 
@@ -15,10 +14,11 @@ from torch import Tensor, nn
 from torch.fx import Node
 
 from fxrep import kernel as K
-from fxrep.double import CONVERTED, InDouble
+from fxrep.double import COMPUTED, CONVERTED, InDouble
 from fxrep.errors import Refusal
 from fxrep.evaluation import Doubles, evaluate
 from fxrep.fold import Folded, run, sketch_of, value_of
+from fxrep.frozen import lazily
 from fxrep.lower import Emit, Recipe
 from fxrep.maps import Maps
 from fxrep.parts import Anchor
@@ -41,17 +41,17 @@ class Region:
     def numbers(self) -> list[Folded]:
         return list(self.folded.values())
 
-    @cached_property
+    @lazily
     def inner(self) -> tuple[Region, ...]:
         """The terms that it reads."""
         return tuple(self.terms[s] for s in self.decision.recipe.form.sources if s in self.terms)
 
-    @cached_property
+    @lazily
     def replaced(self) -> set[str]:
         """The nodes of the graph that it and its terms stand for."""
         return set(self.decision.replaced).union(*(t.replaced for t in self.inner))
 
-    @cached_property
+    @lazily
     def sources(self) -> set[str]:
         """The values of the graph that it is computed from."""
         own = set(self.decision.recipe.form.sources) - set(self.terms)
@@ -101,27 +101,29 @@ def certify(region: Region, nodes: Mapping[str, Node], readings: Readings, doubl
 @torch.no_grad()
 def _difference(region: Region, interpreter: _Interpreter) -> str | None:
     """How the fold differs from its sub-graph at any of the sizes, or None."""
-    recipe, doubles, mode, device = region.decision.recipe, interpreter.doubles, InDouble(), _device(region.folded)
+    recipe, device = region.decision.recipe, _device(region.folded)
+    doubles, mode = interpreter.doubles, interpreter.mode
     emits, last, wanted = list(region.emits), list(recipe.emits), region.decision.node
     maps = Maps(region.sources, emits, last, region.node_of, interpreter.readings, region.dims)
-    for extra in (0, 1):
-        mode.forget_products()
-        interpreter.restart(maps.drawing(mode, extra, device))
-        with mode, warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for extra in (0, 1):
+            mode.forget_products()
+            interpreter.restart(maps.drawing(mode, extra, device))
             anchors = {s: interpreter.value(s) for s in sorted(region.sources)}
-            got = region.proof(anchors.__getitem__, doubles)
+            with mode:
+                got = region.proof(anchors.__getitem__, doubles)
             is_term = wanted not in interpreter.nodes
             expected = region.value(anchors.__getitem__, doubles) if is_term else interpreter.value(wanted)
-        fact = _compared(recipe, got, expected, anchors.values())
-        if fact is not None:
-            return fact
+            fact = _compared(recipe, got, expected, anchors.values())
+            if fact is not None:
+                return fact
     return None
 
 
 def _compared(recipe: Recipe, got: Sequence[Tensor], expected: Tensor, anchors: Collection[Tensor]) -> str | None:
     """How the parts differ from the channels of `expected` that they stand for."""
-    axis, start, scale = -(recipe.dims or 0) - 1, 0, expected.abs().max()
+    axis, start, scale = -(recipe.dims or 0) - 1, 0, _largest(expected)
     for part, value in zip(recipe.parts, got, strict=True):
         sketch = sketch_of(part)
         width = expected.shape[axis] - start if len(got) == 1 else sketch[1] if sketch else value.shape[axis]
@@ -132,7 +134,7 @@ def _compared(recipe: Recipe, got: Sequence[Tensor], expected: Tensor, anchors: 
             wanted = sketched(wanted, sketch[0], axis, sketch[1])
         if value.shape != wanted.shape:
             return f"gives another shape than {tuple(expected.shape)}"
-        distance = (value - wanted).abs().max()
+        distance = _largest(value - wanted)
         if not (distance <= TOLERANCE * scale or distance <= TOLERANCE * (scale + _spread(anchors))):  # nan differs too
             return f"differs by {distance:.2g} where the values are up to {scale:.2g}"
         start += width
@@ -144,7 +146,11 @@ def _failed(decision: Decision, fact: str) -> Refusal:
 
 
 def _spread(anchors: Collection[Tensor]) -> float:
-    return 1e-6 * max((float(t.abs().max()) for t in anchors), default=0.0)
+    return 1e-6 * max(map(_largest, anchors), default=0.0)
+
+
+def _largest(values: Tensor) -> float:
+    return float(values.abs().max())
 
 
 def _device(folded: Mapping[int, Folded]) -> torch.device:
@@ -161,7 +167,7 @@ class _Interpreter:
     """Runs the nodes that a decision replaces, on demand, in float64, on random values of what they are made from."""
 
     def __init__(self, region: Region, nodes: Mapping[str, Node], readings: Readings, doubles: Doubles) -> None:
-        self.nodes, self.readings, self.doubles = nodes, readings, doubles
+        self.nodes, self.readings, self.doubles, self.mode = nodes, readings, doubles, InDouble()
         self.inside, self.sources = region.replaced, region.sources
         self.seen = self.sources | self.inside
         self.values: dict[str, Any] = {}
@@ -221,19 +227,25 @@ class _Interpreter:
             return getattr(args[0], str(node.target))(*args[1:], **kwargs)
         if node.op != "call_function":
             raise RuntimeError(f"{node.name} is not between the anchors and the value")
-        return node.target(*args, **kwargs)  # type: ignore[operator]
+        with self.mode if node.target in COMPUTED else nullcontext():
+            return node.target(*args, **kwargs)  # type: ignore[operator]
 
     def _call(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The module's forward with its parameters and buffers in float64, without changing it."""
         if module._modules or "forward" in vars(module):
             tensors = [*module.named_parameters(), *module.named_buffers()]
-            return torch.func.functional_call(module, {n: self._double(t) for n, t in tensors}, args, kwargs)
+            doubles = {n: self._double(t) for n, t in tensors}
+            with self.mode:
+                return torch.func.functional_call(module, doubles, args, kwargs)
         if id(module) not in self.twins:
             self.twins[id(module)] = self._twin(module)
-        return self.twins[id(module)].forward(*args, **kwargs)
+        scales = all(t is None or t.ndim < 2 for t in module._parameters.values())
+        with nullcontext() if scales else self.mode:
+            return self.twins[id(module)].forward(*args, **kwargs)
 
     def _twin(self, module: nn.Module) -> nn.Module:
-        twin = copy.copy(module)
+        twin: nn.Module = object.__new__(type(module))
+        vars(twin).update(vars(module))
         lazily = self.doubles.as_stored and type(module).forward in CONVERTED
         for store in ("_parameters", "_buffers"):
             found: dict[str, Tensor | None] = vars(module)[store]

@@ -19,7 +19,7 @@ from torch.overrides import TorchFunctionMode
 
 from fxrep.rows import BLOCK
 
-CONVOLUTIONS = {torch.conv1d, torch.conv2d, torch.conv3d}
+COMPUTED = {torch.conv1d, torch.conv2d, torch.conv3d, F.linear}
 #: Forwards whose weight goes to one of the functions below and nowhere else: it may stay as it is stored.
 CONVERTED = (nn.Conv1d.forward, nn.Conv2d.forward, nn.Conv3d.forward, nn.Linear.forward)
 
@@ -54,12 +54,11 @@ class InDouble(TorchFunctionMode):
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
-        if args and isinstance(args[0], Tensor) and args[0].dtype == torch.float64:
-            if func in CONVOLUTIONS:
-                return self._convolve(func, *args, **(kwargs or {}))
+        if func in COMPUTED and args and isinstance(args[0], Tensor) and args[0].dtype == torch.float64:
             if func is F.linear:
                 return self._linear(*args, **(kwargs or {}))
-        return func(*args, **(kwargs or {}))
+            return self._convolve(func, *args, **(kwargs or {}))
+        return func(*args, **kwargs) if kwargs else func(*args)
 
     def _convolve(
         self, function: Callable[..., Tensor], x: Tensor, weight: Tensor, bias: Tensor | None = None,
@@ -70,6 +69,8 @@ class InDouble(TorchFunctionMode):
         known = self._product(x, 1) if fits else None
         if known is not None:
             narrow = self._times_channels(weight, known.channels, groups)
+            if prod(weight.shape[2:]) == 1 and padding in (0, (0,) * dims):
+                return _scaled(known.one, narrow, bias, (stride,) * dims if isinstance(stride, int) else tuple(stride))
             return function(known.one, narrow, bias, stride, padding, dilation)
         if fits and dims == 2 and groups == 1 and not isinstance(padding, str):
             pairs = ((v, v) if isinstance(v, int) else tuple(v) for v in (stride, padding, dilation))
@@ -110,6 +111,13 @@ def _contract(weight: Tensor, channels: Tensor, groups: int) -> Tensor:
     for start in range(0, len(weight), step):
         out[start : start + step] = torch.matmul(channels, weight[start : start + step].double())
     return out
+
+
+def _scaled(one: Tensor, weight: Tensor, bias: Tensor | None, stride: tuple[int, ...]) -> Tensor:
+    """one (B, 1, *n), weight (O, 1, *1) -> (B, O, *m): a convolution of one tap that pads nothing."""
+    steps: tuple[Any, ...] = (..., *(slice(None, None, s) for s in stride))
+    out = weight.reshape(-1, *(1,) * len(stride)) * (one[steps] if max(stride) > 1 else one)
+    return out if bias is None else out + bias.reshape(-1, *(1,) * len(stride))
 
 
 def _dense(

@@ -43,4 +43,6 @@ def gathered(value: Tensor, groups: int, axis: int) -> Tensor:
     """Sums within each of `groups` equal runs along `axis` (negative)."""
     if value.shape[axis] == groups:
         return value
+    if groups == 1:
+        return value.sum(axis, keepdim=True)
     return value.unflatten(axis, (groups, -1)).sum(axis)
