@@ -20,11 +20,12 @@ def layer_names(plan: Plan, nodes: Mapping[str, Node], modules: Mapping[str, nn.
     leaves = {str(n.target) for n in nodes.values() if n.op == "call_module"}
     taken, names = set(modules), dict[int, str]()
     named: dict[int, str] = {}
+    shared = keys.shared(e for d in plan.decisions.values() for e in d.recipe.emits if e.stores)
     for decision in plan.decisions.values():
         scope = common_scope([nodes[r] for r in decision.replaced], leaves)
         stem = f"{scope}.reparam" if scope else "reparam"
         for emit in decision.recipe.emits:
-            key = keys.of_emit(emit) if emit.stores else None
+            key = shared.get(id(emit))
             if key in named:
                 names[id(emit)] = named[key]
                 continue

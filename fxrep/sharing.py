@@ -36,6 +36,14 @@ class Keys:
             self.emits[id(emit)] = self._number(self._of_layer(emit))
         return self.emits[id(emit)]
 
+    def shared(self, emits: Iterable[Emit]) -> dict[int, int]:
+        """By emit: what it has in common with the equal layers among them, where there may be one."""
+        alike: dict[Any, list[Emit]] = {}
+        for emit in emits:
+            read = frozenset(id(leaf.tensor) for leaf in K.leaves(*emit.kernels))
+            alike.setdefault(read, []).append(emit)
+        return {id(e): self.of_emit(e) for several in alike.values() if len(several) > 1 for e in several}
+
     def _of_layer(self, emit: Emit) -> Any:
         op = emit.operator
         geometry = () if op is None else tuple(map(self._plain, arguments(op).values()))
@@ -88,6 +96,8 @@ def growing(
     several calls share, with another scale after each, needs a copy for each. It counts as freed by each call; or,
     given the memory of what is `kept` whatever is planned, only once, if nobody reads it any more.
     """
+    if kept is None and not _may_grow(plan, forms):
+        return
     groups = list(_groups(plan, forms, kept, keys))
     if sum(stored - freed for _, stored, freed in groups) <= 0:
         return
@@ -95,6 +105,14 @@ def growing(
         if stored > freed:
             fact = f"it would store {stored:,} numbers in the place of {freed:,}"
             yield from ((decision, fact) for decision in decisions)
+
+
+def _may_grow(plan: Plan, forms: Mapping[str, AffineForm]) -> bool:
+    """Whether more is stored than is freed if nothing is stored once for several."""
+    decisions = plan.decisions.values()
+    stored = (size for d in decisions for e in d.recipe.emits for size in e.numbers.values())
+    freed = (size for d in decisions for n in d.replaced if n in forms for size in _numbers([forms[n]]).values())
+    return sum(stored) > sum(freed)
 
 
 def _groups(
