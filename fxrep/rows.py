@@ -123,7 +123,10 @@ def _sum(at: _Reader, node: K.Sum, start: int, stop: int) -> Tensor | None:
         return None
     total = at.own(terms[0], start, stop)
     for term in terms[1:]:
-        total += at.rows(term, start, stop) if term.shape == node.shape else at.whole(term)
+        if isinstance(term, K.Place):  # nothing is added where it is zero
+            term.region(total).add_(at.rows(term.weight, start, stop))
+        else:
+            total += at.rows(term, start, stop) if term.shape == node.shape else at.whole(term)
     return total
 
 
