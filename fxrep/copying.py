@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections import OrderedDict
+from operator import is_
 from typing import Any
 
 import torch
@@ -73,8 +74,10 @@ def _copied(value: Any, memo: dict[int, Any]) -> Any:
         made = memo[id(value)] = []
         made.extend([_copied(entry, memo) for entry in value])
     elif kind is tuple:
-        made = tuple([_copied(entry, memo) for entry in value])
-        made = value if all(a is b for a, b in zip(made, value, strict=True)) else made
+        made = value if ATOMS.issuperset(map(type, value)) else tuple([_copied(entry, memo) for entry in value])
+        made = value if all(map(is_, made, value)) else made
+    elif kind is set and ATOMS.issuperset(map(type, value)):
+        made = memo[id(value)] = value.copy()
     elif isinstance(value, nn.Module) and _is_plain(kind):
         made = memo[id(value)] = object.__new__(kind)
         vars(made).update([(n, a if type(a) in ATOMS else _copied(a, memo)) for n, a in vars(value).items()])

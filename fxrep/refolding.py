@@ -254,8 +254,7 @@ def _layers(modules: Sequence[tuple[str, nn.Module]]) -> tuple[tuple[str, str, i
 
 
 def _settings(module: nn.Module) -> int:
-    plain = ((k, v) for k, v in own_attributes(module) if type(v) in _SETTINGS)
-    return hash(repr(tuple(plain)))
+    return hash(repr([(k, v) for k, v in own_attributes(module) if type(v) in _SETTINGS]))
 
 
 _SETTINGS = frozenset((int, float, bool, str, tuple))
@@ -269,13 +268,17 @@ def _renaming(names: Mapping[int, str]) -> Callable[[Kernel], Kernel]:
     """Gives kernels with names in the place of the model's tensors; constants that tracing made stay. What kernels have
     in common is made once."""
 
+    blanks: dict[torch.Size, Tensor] = {}
+
     def named(leaf: K.Leaf) -> Kernel:
         name = names.get(id(leaf.tensor))
         if name is None:
             raise KeyError("a weight is computed outside of the forward: by a parametrisation, a hook or a kept module")
-        if name.rpartition(".")[2].startswith(CONSTANT):
+        if CONSTANT in name and name.rpartition(".")[2].startswith(CONSTANT):
             return K.Leaf.of(leaf.tensor.detach().clone(), leaf.axes)
-        return Named(leaf.shape, torch.empty(leaf.tensor.shape, device="meta"), leaf.axes, name)
+        shape = leaf.tensor.shape
+        blank = blanks[shape] if shape in blanks else blanks.setdefault(shape, torch.empty(shape, device="meta"))
+        return Named(leaf.shape, blank, leaf.axes, name)
 
     return _Changed(named)
 

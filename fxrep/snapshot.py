@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from operator import eq, is_
 from typing import Any
 
@@ -18,48 +17,50 @@ class Snapshot:
     """The state of a module tree before a trace."""
 
     def __init__(self, root: nn.Module) -> None:
-        self.modules = [
-            (name, m) for name, m in first_names(named_modules(root)) if not isinstance(m, torch.jit.ScriptModule)
-        ]
-        self.attributes = {name: dict(vars(module)) for name, module in self.modules}
-        self.stores = {name: {s: dict(vars(module)[s]) for s in _STORES} for name, module in self.modules}
-        self.contents = {name: dict(_containers(module)) for name, module in self.modules}
-        self.tensors = {name: [(t, _version(t), t.detach().clone()) for t in _buffers(m)] for name, m in self.modules}
+        modules = first_names(named_modules(root))
+        self.modules = [(name, m, _Before(m)) for name, m in modules if not isinstance(m, torch.jit.ScriptModule)]
         self.random = torch.get_rng_state()
 
     def restore(self) -> str | None:
         """Undoes what was written since, and names the first module whose forward wrote."""
         torch.set_rng_state(self.random)
-        wrote = [name for name, module in self.modules if self._restore(name, module)]
+        wrote = [name for name, module, before in self.modules if before.restore(module)]
         return wrote[0] if wrote else None
 
-    def _restore(self, name: str, module: nn.Module) -> bool:
-        steps = (
-            self._restore_contents(name, module),
-            self._restore_tensors(name),
-            self._restore_attributes(name, module),
-        )
+
+class _Before:
+    """What one module kept."""
+
+    def __init__(self, module: nn.Module) -> None:
+        own = list(own_attributes(module))
+        self.attributes = dict(vars(module))
+        self.stores = [(store, dict(self.attributes[store])) for store in _STORES]
+        self.contents = [(name, value.copy()) for name, value in own if isinstance(value, (list, dict, set))]
+        tensors = [*module._buffers.values(), *(value for _, value in own if isinstance(value, Tensor))]
+        self.tensors = [(t, _version(t), t.detach().clone()) for t in tensors if t is not None]  # parameters: proxies
+
+    def restore(self, module: nn.Module) -> bool:
+        steps = self._restore_contents(module), self._restore_tensors(), self._restore_attributes(module)
         return any(steps)
 
-    def _restore_attributes(self, name: str, module: nn.Module) -> bool:
-        before, now = self.attributes[name], vars(module)
+    def _restore_attributes(self, module: nn.Module) -> bool:
+        before, now = self.attributes, vars(module)
         changed = [] if _same_entries(now, before) else [k for k in now if k not in before or now[k] is not before[k]]
         for key in changed:
             if key in before:
                 now[key] = before[key]
             elif not key.startswith(CONSTANT):
                 del now[key]
-        for store in _STORES:
-            was = self.stores[name][store]
+        for store, was in self.stores:
             if not _same_entries(now[store], was):
                 now[store] = was
                 changed.append(store)
         return any(not key.startswith(CONSTANT) for key in changed)
 
-    def _restore_contents(self, name: str, module: nn.Module) -> bool:
+    def _restore_contents(self, module: nn.Module) -> bool:
         """Lists, dicts and sets that the module keeps. A dict that was given constants alone was a cache."""
         wrote = False
-        for key, before in self.contents[name].items():
+        for key, before in self.contents:
             container = vars(module).get(key)
             if not isinstance(container, type(before)) or _same_entries(container, before):
                 continue
@@ -68,25 +69,15 @@ class Snapshot:
             (container.extend if isinstance(container, list) else container.update)(before)
         return wrote
 
-    def _restore_tensors(self, name: str) -> bool:
-        written = [(tensor, old) for tensor, version, old in self.tensors[name] if _version(tensor) != version]
-        with torch.no_grad():
-            for tensor, old in written:
+    def _restore_tensors(self) -> bool:
+        written = [(tensor, old) for tensor, version, old in self.tensors if _version(tensor) != version]
+        for tensor, old in written:
+            with torch.no_grad():
                 tensor.copy_(old)
         return bool(written)
 
 
 _STORES = ("_buffers", "_parameters")
-
-
-def _containers(module: nn.Module) -> Iterator[tuple[str, Any]]:
-    return ((k, v.copy()) for k, v in own_attributes(module) if isinstance(v, (list, dict, set)))
-
-
-def _buffers(module: nn.Module) -> Iterator[Tensor]:
-    """Buffers and plain tensors; parameters are proxies while they are traced."""
-    yield from (t for t in module._buffers.values() if t is not None)
-    yield from (v for _, v in own_attributes(module) if isinstance(v, Tensor))
 
 
 def _version(tensor: Tensor) -> int:

@@ -49,4 +49,4 @@ def buffers(modules: Iterable[tuple[str, nn.Module]]) -> dict[str, Tensor]:
 
 def own_attributes(module: nn.Module) -> Iterator[tuple[str, Any]]:
     """What the module keeps besides parameters, buffers, modules and what every module has."""
-    return ((name, value) for name, value in vars(module).items() if name not in COMMON)
+    return iter([entry for entry in vars(module).items() if entry[0] not in COMMON])

@@ -189,8 +189,10 @@ class Call:
 
     def is_value(self, argument: Any) -> bool:
         """Whether the argument is a tensor that depends on the network's input."""
-        known = self.facts.constants.keys() | self.facts.scalars.keys()
-        return isinstance(argument, Node) and argument.name not in known
+        facts = self.facts
+        return (
+            isinstance(argument, Node) and argument.name not in facts.constants and argument.name not in facts.scalars
+        )
 
     def constant(self, argument: Any) -> Kernel:
         """A parameter, constant tensor or number as a kernel. Raises Illegal for a value of the network."""
