@@ -48,8 +48,7 @@ class AffineConv:
 
     def __post_init__(self) -> None:
         dims = len(self.weight.shape) - 2
-        geometry = (self.stride, self.pad_lo, self.pad_hi, self.dilation)
-        assert all(len(g) == dims for g in geometry), (self.weight.shape, geometry)
+        assert dims == len(self.stride) == len(self.pad_lo) == len(self.pad_hi) == len(self.dilation), self
         assert self.weight.shape[0] % self.groups == 0
         if self.transposed and self.is_one_tap and not self.moves:
             object.__setattr__(self, "transposed", False)  # the transpose of a pointwise operator is pointwise
@@ -84,12 +83,12 @@ class AffineConv:
     @property
     def pads(self) -> bool:
         """Whether anything is inserted at the border, so that `mode` and `fill` matter."""
-        return not self.transposed and any(p > 0 for p in self.pad_lo + self.pad_hi)
+        return not self.transposed and max(self.pad_lo + self.pad_hi, default=0) > 0
 
     @property
     def moves(self) -> bool:
         """Whether the output's spatial grid differs from the input's, even with one tap."""
-        return any(s != 1 for s in self.stride) or any(self.pad_lo) or any(self.pad_hi)
+        return any(self.pad_lo) or any(self.pad_hi) or self.stride != (1,) * self.dims
 
     @property
     def is_pointwise(self) -> bool:
@@ -102,8 +101,9 @@ class AffineConv:
     @property
     def copies(self) -> bool:
         """Whether each output is one entry of its own channel, as it is: a pad, a crop, a stride, the identity."""
-        depthwise = self.groups == self.in_channels == self.out_channels
-        return isinstance(self.weight, K.Dirac) and depthwise and self.is_one_tap and not self.transposed
+        if not isinstance(self.weight, K.Dirac) or self.transposed:
+            return False
+        return self.groups == self.in_channels == self.out_channels and self.is_one_tap
 
     @property
     def averages(self) -> bool:

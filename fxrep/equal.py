@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 
@@ -33,15 +31,16 @@ class Equal:
 _NOTED: ContextVar[list[Equal] | None] = ContextVar("noted", default=None)
 
 
-@contextmanager
-def noting() -> Iterator[list[Equal]]:
+class noting:
     """Collects what is found equal by its numbers meanwhile: it need not be so of other weights."""
-    noted: list[Equal] = []
-    token = _NOTED.set(noted)
-    try:
-        yield noted
-    finally:
-        _NOTED.reset(token)
+
+    def __enter__(self) -> list[Equal]:
+        noted: list[Equal] = []
+        self.token = _NOTED.set(noted)
+        return noted
+
+    def __exit__(self, *_: object) -> None:
+        _NOTED.reset(self.token)
 
 
 def same_vector(a: Kernel | None, b: Kernel | None, length: int) -> bool:

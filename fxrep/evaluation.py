@@ -67,12 +67,14 @@ def evaluate(kernel: Kernel, leaf_value: LeafValue = in_float64, like: Tensor | 
     live parameters (with autograd, or under `torch.func`) give online folds and the rules of a target's gradients.
     Constants are made in the dtype and on the device of `like` (None: float64, where the leaves are).
     """
+    if isinstance(kernel, Leaf):
+        return _leaf(kernel, leaf_value)
     order = topological((kernel,))
     pending = _count_readers(order)
     numbers: dict[int, Tensor] = {}
-    like = torch.empty((), dtype=torch.float64, device=_device(order)) if like is None else like
+    kind = (torch.float64, _device(order)) if like is None else (like.dtype, like.device)
     for node in order:
-        numbers[id(node)] = _number(node, leaf_value, [numbers[id(o)] for o in node.operands], like)
+        numbers[id(node)] = _number(node, leaf_value, [numbers[id(o)] for o in node.operands], *kind)
         for operand in node.operands:
             pending[id(operand)] -= 1
             if not pending[id(operand)]:  # temporaries die as soon as their last reader has run
@@ -80,15 +82,21 @@ def evaluate(kernel: Kernel, leaf_value: LeafValue = in_float64, like: Tensor | 
     return numbers[id(kernel)]
 
 
-def _number(node: Kernel, leaf_value: LeafValue, values: list[Tensor], like: Tensor) -> Tensor:
+def _number(
+    node: Kernel, leaf_value: LeafValue, values: list[Tensor], dtype: torch.dtype, device: torch.device
+) -> Tensor:
     if isinstance(node, Leaf):
-        value = leaf_value(node)
-        return value if node.axes is None else value.permute(node.axes)
+        return _leaf(node, leaf_value)
     if isinstance(node, Constant):
-        return torch.full(node.shape, node.value, dtype=like.dtype, device=like.device)
+        return torch.full(node.shape, node.value, dtype=dtype, device=device)
     if isinstance(node, Dirac):
-        return node._compute().to(like)
+        return node._compute().to(device, dtype)
     return node._compute(*values)
+
+
+def _leaf(leaf: Leaf, leaf_value: LeafValue) -> Tensor:
+    value = leaf_value(leaf)
+    return value if leaf.axes is None else value.permute(leaf.axes)
 
 
 def _count_readers(order: Sequence[Kernel]) -> dict[int, int]:

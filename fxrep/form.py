@@ -8,14 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from itertools import pairwise
 
 from fxrep import affine
 from fxrep import kernel as K
 from fxrep.affine import AffineConv, Ints
 from fxrep.errors import Illegal
-from fxrep.frozen import replace
+from fxrep.frozen import lazily, replace
 from fxrep.kernel import Kernel
 from fxrep.parts import (
     ONE,
@@ -64,7 +63,7 @@ class AffineForm:
     def terms(self) -> Iterator[tuple[Anchor, Term]]:
         return ((a, t) for p in self.parts for a, t in p.terms.items())
 
-    @cached_property
+    @lazily
     def sources(self) -> tuple[str, ...]:
         return tuple(dict.fromkeys(a.source for a, _ in self.terms))
 
@@ -120,7 +119,7 @@ class AffineForm:
         aligned = self.aligned and definition.aligned
         for part in self.parts:
             kept = {a: t for a, t in part.terms.items() if a.source != source}
-            form = AffineForm((replace(part, terms=kept),), dims, aligned)
+            form = AffineForm((Part(kept, part.bias, part.width),), dims, aligned)
             for anchor, term in part.terms.items():
                 if anchor.source == source:
                     inner = definition if anchor.rows is None else definition.take(anchor.rows, dims or 0)

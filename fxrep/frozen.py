@@ -5,11 +5,25 @@ Attributes are read one by one: to ask an object for all of them makes it keep t
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import fields
 from functools import cache
-from typing import Any, TypeVar
+from operator import attrgetter
+from typing import Any, Generic, TypeVar
 
 T = TypeVar("T")
+
+
+class lazily(Generic[T]):
+    """`functools.cached_property`, without the lock that Python's own took before 3.12: it is asked for as often."""
+
+    def __init__(self, compute: Callable[[Any], T]) -> None:
+        self.compute, self.name, self.__doc__ = compute, compute.__name__, compute.__doc__
+
+    def __get__(self, instance: Any, owner: type) -> T:
+        value: T = self.compute(instance)
+        vars(instance)[self.name] = value
+        return value
 
 
 def replace(value: T, **changes: Any) -> T:
@@ -22,9 +36,13 @@ def replace(value: T, **changes: Any) -> T:
 def arguments(value: Any) -> dict[str, Any]:
     """What the value was made with, by name."""
     kind: Any = type(value)
-    return {name: getattr(value, name) for name in _names(kind)}
+    names, read = _arguments(kind)
+    return dict(zip(names, read(value), strict=True))
 
 
 @cache
-def _names(kind: Any) -> tuple[str, ...]:
-    return tuple(f.name for f in fields(kind) if f.init)
+def _arguments(kind: Any) -> tuple[tuple[str, ...], Callable[[Any], tuple[Any, ...]]]:
+    """The names of a class's arguments, and what reads them all of an object."""
+    names = tuple(f.name for f in fields(kind) if f.init)
+    read: Any = attrgetter(*names)
+    return names, read if len(names) > 1 else lambda value: (read(value),)

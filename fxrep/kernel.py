@@ -8,15 +8,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
-from functools import cached_property
+from dataclasses import dataclass, fields
+from functools import cache
 from itertools import product
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from fxrep.frozen import arguments
+from fxrep.frozen import lazily
 
 Shape = tuple[int, ...]
 
@@ -27,25 +28,29 @@ class Kernel:
     own."""
 
     shape: Shape
-    operands: tuple[Kernel, ...] = field(init=False, repr=False)
 
-    def __post_init__(self) -> None:
-        assert all(isinstance(n, int) for n in self.shape), self.shape
+    @lazily
+    def operands(self) -> tuple[Kernel, ...]:
         found: list[Kernel] = []
-        for value in arguments(self).values():
-            if isinstance(value, Kernel):
-                found.append(value)
-            elif isinstance(value, tuple):
-                found += [k for k in value if isinstance(k, Kernel)]
-        object.__setattr__(self, "operands", tuple(found))
+        kind: Any = type(self)
+        for name in _holding(kind):
+            value = getattr(self, name)
+            found += value if isinstance(value, tuple) else (value,)
+        return tuple(found)
 
-    @cached_property
+    @lazily
     def below(self) -> tuple[Kernel, ...]:
         """All that it is computed from, operands before users, each once."""
         return tuple(_ordered(self.operands))
 
     def _compute(self, *values: Tensor) -> Tensor:
         raise NotImplementedError
+
+
+@cache
+def _holding(kind: Any) -> tuple[str, ...]:
+    """Which fields of a kind of kernel are kernels, or tuples of them."""
+    return tuple(f.name for f in fields(kind) if str(f.type) in ("Kernel", "tuple[Kernel, ...]"))
 
 
 def is_plain(tensor: Tensor) -> bool:
@@ -63,6 +68,7 @@ class Leaf(Kernel):
     @staticmethod
     def of(tensor: Tensor, axes: tuple[int, ...] | None = None) -> Leaf:
         shape = tuple(tensor.shape) if axes is None else tuple(tensor.shape[a] for a in axes)
+        assert all(isinstance(n, int) for n in shape), shape
         return Leaf(shape, tensor, axes)
 
 
@@ -97,10 +103,11 @@ class Dirac(Kernel):
     """The identity of a depthwise one-tap operator, or with fewer groups its denser form: W[c, c mod I/g] = 1."""
 
     def _compute(self, *values: Tensor) -> Tensor:
-        eye = torch.zeros(self.shape)
-        rows = torch.arange(self.shape[0])
-        eye.view(self.shape[0], self.shape[1], -1)[rows, rows % self.shape[1], 0] = 1.0
-        return eye
+        rows, columns, *taps = self.shape
+        blocks = -(-rows // columns)
+        eye = torch.zeros(blocks * columns, columns, *taps)
+        eye.view(blocks, columns, columns, -1)[..., 0].diagonal(dim1=1, dim2=2).fill_(1.0)
+        return eye[:rows]
 
 
 @dataclass(frozen=True, eq=False)
@@ -140,10 +147,13 @@ class Place(Kernel):
     def _compute(self, *values: Tensor) -> Tensor:
         (weight,) = values
         window = weight.new_zeros(self.shape)
-        taps = weight.shape[2:]
-        region = tuple(slice(o, o + s * (k - 1) + 1, s) for o, s, k in zip(self.offset, self.step, taps, strict=True))
-        window[(slice(None), slice(None), *region)] = weight
+        self.region(window).copy_(weight)
         return window
+
+    def region(self, window: Tensor) -> Tensor:
+        """The part of a window that the taps of W are laid into."""
+        taps = zip(self.offset, self.step, self.weight.shape[2:], strict=True)
+        return window[(slice(None), slice(None), *(slice(o, o + s * (k - 1) + 1, s) for o, s, k in taps))]
 
 
 @dataclass(frozen=True, eq=False)

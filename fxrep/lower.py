@@ -5,7 +5,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import cached_property
 from math import prod
 
 from fxrep import form as forms
@@ -14,7 +13,7 @@ from fxrep.affine import AffineConv, diagonal_of
 from fxrep.errors import Illegal
 from fxrep.evaluation import has_zeros
 from fxrep.form import AffineForm
-from fxrep.frozen import replace
+from fxrep.frozen import lazily, replace
 from fxrep.kernel import Kernel
 from fxrep.parts import Anchor, Gain, Part, Term
 
@@ -94,20 +93,20 @@ class Recipe:
     form: AffineForm
     parts: tuple[tuple[Emit, ...], ...]
 
-    @property
-    def emits(self) -> Iterator[Emit]:
-        return (e for part in self.parts for e in part)
+    @lazily
+    def emits(self) -> tuple[Emit, ...]:
+        return tuple(e for part in self.parts for e in part)
 
     @property
     def dims(self) -> int | None:
         return self.form.dims
 
-    @cached_property
+    @lazily
     def convolutions(self) -> int:
         """How many layers with a kernel it needs; an average pool is one."""
         return sum(e.operator is not None and not e.is_pad for e in self.emits)
 
-    @cached_property
+    @lazily
     def additions(self) -> int:
         return sum(len(part) - 1 for part in self.parts)
 
@@ -116,12 +115,12 @@ class Recipe:
         """How many terms are computed by adding a constant."""
         return sum(e.is_shift for e in self.emits)
 
-    @cached_property
+    @lazily
     def steps(self) -> int:
         """How many operators it starts."""
         return sum(e.steps for e in self.emits) + self.additions + (len(self.parts) > 1)
 
-    @cached_property
+    @lazily
     def has_zeros(self) -> bool:
         """Whether a kernel of it is zero somewhere by construction."""
         return any(has_zeros(e.operator.weight) for e in self.emits if e.operator is not None)

@@ -33,6 +33,10 @@ class Anchor:
         """Whether its channels lie side by side, in order."""
         return self.rows is None or self.rows == tuple(range(self.rows[0], self.rows[0] + len(self.rows)))
 
+    @property
+    def unslotted(self) -> Anchor:
+        return self if self.slot == 0 else replace(self, slot=0)
+
     def narrowed(self, columns: Ints | None, channels: int | None) -> Anchor:
         """The channels `columns` of the `channels` that it reads."""
         if columns is None:
@@ -82,7 +86,7 @@ Join = Callable[[dict[Anchor, "Term"], Anchor, "Term"], None]
 
 def merge(terms: dict[Anchor, Term], anchor: Anchor, term: Term) -> None:
     """Adds a term to a sum: terms on one value become one operator. Raises Illegal where they cannot."""
-    anchor = replace(anchor, slot=0)
+    anchor = anchor.unslotted
     terms[anchor] = _add_terms(terms[anchor], term) if anchor in terms else term
 
 
@@ -104,7 +108,7 @@ def merge_where(accepted: Callable[[Term, Term, Term], bool]) -> Join:
             else:
                 apart.append(new)
         for where, each in apart:
-            keep_apart(terms, replace(where, slot=0), each)
+            keep_apart(terms, where.unslotted, each)
 
     return join
 
@@ -133,7 +137,7 @@ def merged_terms(a: Bound, b: Bound) -> Bound:
     """
     (p, s), (q, t) = a, b
     if p.rows == q.rows:
-        return replace(p, slot=0), _add_terms(s, t)
+        return p.unslotted, _add_terms(s, t)
     operators = [x for x in (s, t) if isinstance(x, AffineConv)]
     if not operators:
         raise Illegal("broadcast", "the same numbers are read in another order, and in none does an operator read them")
@@ -161,7 +165,11 @@ def compose_part(operator: AffineConv, part: Part) -> Part:
         return Part(dict.fromkeys(part.terms, operator.without_bias()), operator.bias, operator.out_channels)
     terms: dict[Anchor, Term] = {}
     outside = part.bias
+    changes = not operator.is_identity
     for anchor, term in part.terms.items():
+        if changes and isinstance(term, Gain) and term.is_identity:
+            terms[anchor] = replace(operator, bias=None, fill=None)
+            continue
         inner = _as_operator(term, operator.in_channels, operator.dims)
         composition.check_geometry(operator, inner)
         outside = K.total(outside, inner.outside())
@@ -238,7 +246,7 @@ def stack_two(p: Part, q: Part, dims: int) -> Part:
     """Two parts, each of one term, as one: rows on the same anchor, or groups on other channels of one source."""
     if len(p.terms) != 1 or len(q.terms) != 1 or p.channels is None or q.channels is None:
         raise Illegal("broadcast", "several anchors cannot be stacked into one operator")
-    ((a, s), (b, t)) = ((replace(anchor, slot=0), term) for r in (p, q) for anchor, term in r.terms.items())
+    ((a, s), (b, t)) = ((anchor.unslotted, term) for r in (p, q) for anchor, term in r.terms.items())
     if isinstance(s, Gain) and isinstance(t, Gain) and s.is_identity and t.is_identity and a != b:
         term: Term = ONE
     else:
