@@ -6,7 +6,6 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable
 from functools import partial
 from itertools import combinations
-from math import inf
 
 from fxrep import kernel as K
 from fxrep.affine import AffineConv
@@ -57,7 +56,7 @@ class Candidates:
         self.join = merge_where(partial(_is_free, strict))  # which holds no more: a cycle would keep all for a while
         self.refusals: dict[tuple[str, str], Refusal] = {}
         self.known: dict[tuple[int, str, int], tuple[AffineForm, AffineForm, Substitution]] = {}
-        self.lowered: dict[int, tuple[AffineForm, Recipe | Illegal, float, list[Equal]]] = {}
+        self.lowerings: dict[int, tuple[AffineForm, Recipe | Illegal, list[Equal]]] = {}
         self.state = State(problem, aim)
         for name, form in problem.forms.items():
             self.state.start(name, self._lower(name, form))
@@ -97,13 +96,14 @@ class Candidates:
             self.note_apart(node, form)
             frontier |= set(inner.sources)
             gone |= {anchor} if state.is_read_only_by(anchor, {node, *gone}) else set()
-            recipe, cost, noted = self.priced(node, form)
+            recipe, noted = self.lowered(node, form)
             if isinstance(recipe, Illegal):  # no operator computes this much of the cone; a larger part may be one
                 self.refuse(node, recipe.code, recipe.reason, recipe.hint)
                 stuck = stuck or anchor
                 continue
             stuck = ""
-            yield Candidate(recipe, tuple(absorbed), frozenset(gone), cost, (*equal, *noted))
+            price = partial(state.cost, node, recipe)  # most start no fewer operators, and nobody asks
+            yield Candidate(recipe, tuple(absorbed), frozenset(gone), price, (*equal, *noted))
         if stuck and len(avoided) < MOST_DETOURS:
             yield from self._cone(node, start, avoided | {stuck})
 
@@ -122,16 +122,15 @@ class Candidates:
             self.known[key] = form, inner, (found, noted)
         return self.known[key][2]
 
-    def priced(self, node: str, form: AffineForm) -> tuple[Recipe | Illegal, float, list[Equal]]:
-        """The form as operators with their cost, or why no operator computes it."""
-        if id(form) not in self.lowered:
+    def lowered(self, node: str, form: AffineForm) -> tuple[Recipe | Illegal, list[Equal]]:
+        """The form as operators, or why no operator computes it."""
+        if id(form) not in self.lowerings:
             with noting() as noted:
                 try:
-                    recipe = self._lower(node, form, check=True)
-                    self.lowered[id(form)] = form, recipe, self.state.cost(node, recipe), noted
+                    self.lowerings[id(form)] = form, self._lower(node, form, check=True), noted
                 except Illegal as illegal:
-                    self.lowered[id(form)] = form, illegal, inf, noted
-        return self.lowered[id(form)][1:]
+                    self.lowerings[id(form)] = form, illegal, noted
+        return self.lowerings[id(form)][1:]
 
     def note_apart(self, node: str, form: AffineForm) -> None:
         """A refusal for each pair of terms on one value that are not one operator."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterable, Mapping
+from functools import partial
 from math import fsum
 
 from fxrep.candidates import Candidates
@@ -106,14 +107,16 @@ class _Search(Candidates):
         form, noted = self.substituted(moved, layer, state.recipes[layer].form)
         if isinstance(form, Illegal) or own.dims not in (None, inner.dims):
             return set()
-        recipe, cost, equal = self.priced(layer, form)
+        recipe, equal = self.lowered(layer, form)
         apart = total(state.efforts[n] for n in (node, pool, layer))
         if isinstance(recipe, Illegal) or state.effort(layer, recipe).exceeds(apart):
             return set()
-        dearer = cost > (state.costs[layer] + state.costs[node]) * (1 + TOLERANCE)
+        candidate = Candidate(
+            recipe, (layer,), frozenset((layer,)), partial(state.cost, layer, recipe), (*noted, *equal)
+        )
+        dearer = candidate.cost > (state.costs[layer] + state.costs[node]) * (1 + TOLERANCE)
         if dearer or self._stores_more({node: recipe}, (layer,)):
             return set()
-        candidate = Candidate(recipe, (layer,), frozenset((layer,)), cost, (*noted, *equal))
         self.withdraw(node)
         return self._concerned(state.sink(node, pool, candidate))
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import count
 from math import fsum
@@ -12,7 +12,7 @@ from fxrep.cost import Aim
 from fxrep.equal import Equal
 from fxrep.errors import Refusal
 from fxrep.form import AffineForm
-from fxrep.frozen import replace
+from fxrep.frozen import lazily, replace
 from fxrep.lower import Emit, Recipe
 from fxrep.parts import ONE, Anchor, Gain, Part, Term, keep_apart
 from fxrep.plan import Decision, Plan, Problem
@@ -27,8 +27,12 @@ class Candidate:
     recipe: Recipe
     absorbed: tuple[str, ...]
     gone: frozenset[str]
-    cost: float
+    price: Callable[[], float]
     equal: tuple[Equal, ...] = ()
+
+    @lazily
+    def cost(self) -> float:
+        return self.price()
 
     @property
     def steps(self) -> int:
