@@ -107,13 +107,17 @@ def _place(at: _Reader, node: K.Place, start: int, stop: int) -> Tensor:
 @_local(K.Regroup)
 def _regroup(at: _Reader, node: K.Regroup, start: int, stop: int) -> Tensor:
     rows = at.rows(node.weight, start, stop)
-    width = rows.shape[1]
-    group = torch.arange(start, stop, device=rows.device) // (node.shape[0] // node.groups_from)
-    columns = group % (node.groups_from // node.groups_to) * width
-    index = columns.unsqueeze(1) + torch.arange(width, device=rows.device)
     wide = rows.new_zeros(stop - start, *node.shape[1:])
-    wide[torch.arange(stop - start, device=rows.device).unsqueeze(1), index] = rows
+    wide[_places(node, start, rows)] = rows
     return wide
+
+
+def _places(node: K.Regroup, start: int, rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Where the entries of some rows of W go among the columns of its regrouped form."""
+    width, number = rows.shape[1], torch.arange(len(rows), device=rows.device)
+    group = (number + start) // (node.shape[0] // node.groups_from)
+    columns = group % (node.groups_from // node.groups_to) * width
+    return number.unsqueeze(1), columns.unsqueeze(1) + torch.arange(width, device=rows.device)
 
 
 @_local(K.Sum)
@@ -123,11 +127,19 @@ def _sum(at: _Reader, node: K.Sum, start: int, stop: int) -> Tensor | None:
         return None
     total = at.own(terms[0], start, stop)
     for term in terms[1:]:
-        if isinstance(term, K.Place):  # nothing is added where it is zero
-            term.region(total).add_(at.rows(term.weight, start, stop))
-        else:
-            total += at.rows(term, start, stop) if term.shape == node.shape else at.whole(term)
+        _add(at, term, start, stop, total)
     return total
+
+
+def _add(at: _Reader, term: K.Kernel, start: int, stop: int, total: Tensor) -> None:
+    """Adds the rows of a term; nothing where they are zero by construction."""
+    if isinstance(term, K.Place):
+        _add(at, term.weight, start, stop, term.region(total))
+    elif isinstance(term, K.Regroup):
+        rows = at.rows(term.weight, start, stop)
+        total[_places(term, start, rows)] += rows
+    else:
+        total += at.rows(term, start, stop) if len(term.shape) == total.ndim else at.whole(term)
 
 
 @_local(K.Compose)
