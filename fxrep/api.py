@@ -25,6 +25,7 @@ from fxrep.pipeline import Pipeline
 from fxrep.refolding import Architecture, make_fold_plan
 from fxrep.report import Report
 from fxrep.trace import Traced
+from fxrep.trees import named_modules, parameters
 from fxrep.trials import Trials
 from fxrep.wrappers import unwrapped
 
@@ -176,8 +177,8 @@ def check_model(model: object) -> nn.Module:
 
 
 def _check_initialised(model: nn.Module) -> None:
-    for name, parameter in model.named_parameters():
-        if isinstance(parameter, UninitializedParameter):
+    for name, parameter in parameters(named_modules(model)).items():
+        if issubclass(type(parameter), UninitializedParameter):
             raise FxrepError(f"the lazy parameter {name} has no shape yet; run the model once on an input first")
 
 

@@ -85,7 +85,8 @@ def kind_of_emit(emit: Emit, dims: int | None) -> str:
 def kinds(node: Node, modules: Mapping[str, nn.Module]) -> list[str]:
     """The kinds of what one node calls."""
     if node.op == "call_module":  # a module that was kept whole counts with everything in it
-        inside = modules[str(node.target)].modules()
+        module = modules[str(node.target)]
+        inside = module.modules() if module._modules else (module,)
         return [kind for m in inside for kind, types in MODULES.items() if isinstance(m, types)]
     target = canonical(node.target)
     return [kind for kind, targets in FUNCTIONS.items() if node.op.startswith("call") and target in targets]

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from operator import eq, is_
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
-from fxrep.trees import first_names, named_modules, own_attributes
+from fxrep.trees import own_attributes
 
 CONSTANT = "_tensor_constant"  # how fx names the tensors that it stows away on the root
 
@@ -16,8 +17,7 @@ CONSTANT = "_tensor_constant"  # how fx names the tensors that it stows away on 
 class Snapshot:
     """The state of a module tree before a trace."""
 
-    def __init__(self, root: nn.Module) -> None:
-        modules = first_names(named_modules(root))
+    def __init__(self, modules: Iterable[tuple[str, nn.Module]]) -> None:
         self.modules = [(name, m, _Before(m)) for name, m in modules if not isinstance(m, torch.jit.ScriptModule)]
         self.random = torch.get_rng_state()
 

@@ -43,7 +43,8 @@ def trace(
     kept = dict(whole)
     while True:
         kept_from_the_start = frozenset(kept)
-        snapshot = Snapshot(root)
+        modules = first_names(named_modules(root))
+        snapshot = Snapshot(modules)
         try:
             graph = Tracer(kept, examples, trains).trace(root)
         except Exception as error:  # whatever a forward does with a proxy may raise anything
@@ -51,7 +52,7 @@ def trace(
             return untraceable(type(root).__name__, told(error))
         written = snapshot.restore()
         if written is None:
-            return _finished(root, graph, kept)
+            return _finished(root, graph, kept, modules)
         if not written or written in kept_from_the_start:
             return untraceable(written or type(root).__name__, WRITES)
         kept.setdefault(written, WRITES)  # and once more, without what an attempt that failed has left behind
@@ -64,7 +65,9 @@ def untraceable(name: str, reason: str, hint: str = "") -> Refusal:
     return Refusal(name, "not-traceable", f"kept with its own forward: {reason}", hint)
 
 
-def _finished(root: nn.Module, graph: fx.Graph, kept: Mapping[str, str]) -> Traced:
+def _finished(
+    root: nn.Module, graph: fx.Graph, kept: Mapping[str, str], modules: list[tuple[str, nn.Module]]
+) -> Traced:
     graph.lint()
     for node in graph.nodes:
         if isinstance(node.type, str):  # a postponed annotation, which fx would write into its code as it stands
@@ -73,7 +76,7 @@ def _finished(root: nn.Module, graph: fx.Graph, kept: Mapping[str, str]) -> Trac
             node.meta.pop(known, None)
     called = {str(n.target) for n in graph.nodes if n.op == "call_module"}
     inside = {name: reason for name, reason in kept.items() if name in called}
-    return Traced(root, graph, inside, dict(first_names(named_modules(root))))
+    return Traced(root, graph, inside, dict(modules))
 
 
 def _obstacle(root: nn.Module) -> tuple[str, ...]:

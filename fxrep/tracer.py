@@ -55,6 +55,8 @@ class Watch(TorchFunctionMode):
         kwargs = kwargs or {}
         if getattr(func, "__name__", "") in RANDOM_FACTORIES:
             return self.tracer.create_proxy("call_function", func, args, kwargs)
+        if any(issubclass(kind, fx.Proxy) for kind in types):  # what calling it would come to
+            return fx.Proxy.__torch_function__(func, types, args, kwargs)
         result = func(*args, **kwargs)
         if type(result) is Tensor:
             self.tracer.remember(result, func, args, kwargs)

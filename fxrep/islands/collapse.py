@@ -14,6 +14,7 @@ from torch.fx import GraphModule
 
 from fxrep.census import KINDS, census_of_module
 from fxrep.errors import Refusal
+from fxrep.frozen import lazily
 from fxrep.islands.calls import Calls, calls_of
 from fxrep.islands.function import ONE, Arguments, Slot
 from fxrep.ownership import carry_attributes
@@ -45,7 +46,11 @@ class Islands:
 
     def __init__(self, root: nn.Module, begin: Begin, writes: bool, inplace: bool = False) -> None:
         self.root, self.begin, self.writes, self.inplace = root, begin, writes, inplace
-        self.places = Counter(id(m) for _, m in named_modules(root))
+
+    @lazily
+    def places(self) -> Counter[int]:
+        """How many names each module has, by its identity."""
+        return Counter(id(m) for _, m in named_modules(self.root))
 
     def collapse(self, examples: Mapping[str, Any]) -> tuple[nn.Module, Report]:
         """The root collapsed, or with islands in it; the root itself where its forward must stay."""
