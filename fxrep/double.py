@@ -109,7 +109,11 @@ def _contract(weight: Tensor, channels: Tensor, groups: int) -> Tensor:
     out = channels.new_empty(len(weight), weight.shape[2])
     step = max(BLOCK // max(prod(weight.shape[1:]), 1), 1)
     for start in range(0, len(weight), step):
-        out[start : start + step] = torch.matmul(channels, weight[start : start + step].double())
+        rows = weight[start : start + step].double()
+        if weight.shape[2] == 1:
+            torch.mv(rows.flatten(1), channels, out=out[start : start + step].flatten())
+        else:
+            out[start : start + step] = torch.matmul(channels, rows)
     return out
 
 
