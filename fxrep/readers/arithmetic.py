@@ -190,9 +190,7 @@ def _sum(one: AffineForm, other: AffineForm, aligned: bool) -> AffineForm:
 
 
 def _shifted(at: Call, x: Node, form: AffineForm, shift: Kernel) -> AffineForm:
-    """The form, of the shape of x, with a constant added; a zero, as `sum` begins with, is none."""
-    if isinstance(shift, K.Constant) and shift.value == 0:
-        return form
+    """The form, of the shape of x, with a constant added."""
     vector, dims = per_channel(at, x, shift)
     return form + forms.constant(vector, dims)
 
