@@ -64,12 +64,12 @@ def _copied(value: Any, memo: dict[int, Any]) -> Any:
     if id(value) in memo:
         return memo[id(value)]
     made: Any
-    if kind is Tensor and not (value.is_leaf and value.requires_grad):
-        made = memo[id(value)] = value.detach().clone()
-    elif kind is dict or kind is OrderedDict:
+    if kind is dict or kind is OrderedDict:
         made = memo[id(value)] = kind()
         if value:
             made.update([(_copied(k, memo), _copied(v, memo)) for k, v in value.items()])
+    elif kind is Tensor and not (value.is_leaf and value.requires_grad):
+        made = memo[id(value)] = value.detach().clone()
     elif kind is list:
         made = memo[id(value)] = []
         made.extend([_copied(entry, memo) for entry in value])

@@ -166,10 +166,12 @@ def is_constant(node: fx.Node) -> bool:
     """Whether parameters alone decide the node's value, by an op that draws no random numbers."""
     if VALUE in node.meta:
         return True
-    if node.op not in ("call_function", "call_method") or is_random(node) or writes(node.target, node.kwargs):
+    if node.op not in ("call_function", "call_method"):
         return False
     operands = node.all_input_nodes
-    return bool(operands) and all(n.meta.get(IS_CONSTANT) for n in operands)
+    if not operands or not all(n.meta.get(IS_CONSTANT) for n in operands):
+        return False
+    return not (is_random(node) or writes(node.target, node.kwargs))
 
 
 #: Ops whose result may be another view of the operand's memory.
@@ -190,8 +192,13 @@ def reaches_parameter(node: fx.Node) -> bool:
     return True
 
 
+SPLITS = ("chunk", torch.chunk, "split", torch.split)
+
+
 def count_of_pieces(node: fx.Node) -> int:
     """How many pieces a chunk or split gives, 0 where that is not written."""
+    if node.target not in SPLITS:
+        return 0
     sizes = (
         node.args[1] if len(node.args) > 1 else next((node.kwargs[k] for k in SPLIT_SIZES if k in node.kwargs), None)
     )

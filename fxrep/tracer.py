@@ -203,8 +203,8 @@ class Tracer(Recorder):
         return self._recorded(attr_val)
 
     def create_proxy(self, kind: str, target: Any, args: Any, kwargs: Any, *rest: Any, **options: Any) -> fx.Proxy:
-        written = args[0] if args and writes(target, kwargs) else None
-        if isinstance(written, fx.Proxy) and reaches_parameter(written.node):
+        first = args[0] if args else None
+        if isinstance(first, fx.Proxy) and writes(target, kwargs) and reaches_parameter(first.node):
             raise fx.proxy.TraceError("it writes into a parameter")
         if self.trains and not torch.is_grad_enabled():
             raise fx.proxy.TraceError("it turns autograd off, and a graph has it on throughout")

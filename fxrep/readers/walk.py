@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -237,9 +238,13 @@ def _note_constant(node: Node, facts: Facts) -> bool:
 
 def writes(target: Any, kwargs: Mapping[str, Any]) -> bool:
     """Whether a function or method writes into its first operand, as far as its name tells."""
-    name = base_name(target)
+    return _writes_by_name(base_name(target)) or kwargs.get("inplace") is True
+
+
+@lru_cache(maxsize=1024)
+def _writes_by_name(name: str) -> bool:
     in_place = name.endswith("_") and not name.endswith("__") and name not in HARMLESS
-    return in_place or name.strip("_") in ASSIGNING or kwargs.get("inplace") is True
+    return in_place or name.strip("_") in ASSIGNING
 
 
 def is_random(node: Node) -> bool:
