@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from operator import is_
 
 from fxrep import affine
 from fxrep import kernel as K
@@ -32,6 +33,7 @@ from fxrep.parts import (
     take_from_stack,
     take_rows,
     times,
+    without_zero,
 )  # fmt: skip
 
 
@@ -117,7 +119,8 @@ class AffineForm:
         dims = _one_layout(self.dims, definition.dims)
         stacked: list[Part] = []
         aligned = self.aligned and definition.aligned
-        for part in self.parts:
+        definition = definition._without_zeros()
+        for part in map(without_zero, self.parts):
             kept = {a: t for a, t in part.terms.items() if a.source != source}
             form = AffineForm((Part(kept, part.bias, part.width),), dims, aligned)
             for anchor, term in part.terms.items():
@@ -126,6 +129,10 @@ class AffineForm:
                     form = _sum(form, inner.then(term), join or merge)
             stacked.extend(form.parts)
         return AffineForm(tuple(stacked), dims, aligned)
+
+    def _without_zeros(self) -> AffineForm:
+        parts = tuple(map(without_zero, self.parts))
+        return self if all(map(is_, parts, self.parts)) else replace(self, parts=parts)
 
     def _times(self, factor: Kernel) -> AffineForm:
         parts = tuple(

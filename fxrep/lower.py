@@ -11,7 +11,7 @@ from fxrep import form as forms
 from fxrep import kernel as K
 from fxrep.affine import AffineConv, diagonal_of
 from fxrep.errors import Illegal
-from fxrep.evaluation import evaluate, has_zeros
+from fxrep.evaluation import has_zeros
 from fxrep.form import AffineForm
 from fxrep.frozen import lazily, replace
 from fxrep.kernel import Kernel
@@ -168,16 +168,10 @@ def _emits(part: Part, dims: int | None) -> tuple[Emit, ...]:
     if not part.terms:
         raise Illegal("not-affine", "the value is a constant, computed from no input")
     emits = [_emit(anchor, term) for anchor, term in part.terms.items()]
-    is_copy = len(emits) == 1 and emits[0].is_pass
-    if part.bias is not None and (is_copy or not _is_zero(part.bias)):
+    if part.bias is not None:
         carrier = max(range(len(emits)), key=lambda i: (emits[i].operator is not None, emits[i].gain is not None))
         emits[carrier] = _with_bias(emits[carrier], part.bias)
     return tuple(emits)
-
-
-def _is_zero(bias: Kernel) -> bool:
-    """Whether it is a zero of the code, as `sum` begins with."""
-    return not any(True for _ in K.leaves(bias)) and not evaluate(bias).any()
 
 
 def _emit(anchor: Anchor, term: Term) -> Emit:

@@ -160,6 +160,12 @@ def times(term: Term, factor: Kernel) -> Term:
     return term.scaled(factor)
 
 
+def without_zero(part: Part) -> Part:
+    """Without a zero that the code adds, as `sum` begins with one: together with anything else it is nothing."""
+    is_zero = isinstance(part.bias, K.Constant) and not part.bias.shape and part.bias.value == 0
+    return replace(part, bias=None) if is_zero else part
+
+
 def compose_part(operator: AffineConv, part: Part) -> Part:
     if part.bias is None and [t.is_identity for t in part.terms.values()] == [True]:
         return Part(dict.fromkeys(part.terms, operator.without_bias()), operator.bias, operator.out_channels)
