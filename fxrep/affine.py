@@ -237,8 +237,8 @@ def add(a: AffineConv, b: AffineConv) -> AffineConv:
         raise Illegal("broadcast", f"{a.describe()} is added to {b.describe()}")
     _check_alignable(a, b)
     groups = gcd(a.groups, b.groups)
-    padding = _padding_of(a, b)
-    a, b = (_on_common_window(x, a, b) for x in (a.regrouped(groups), b.regrouped(groups)))
+    padding, window = _padding_of(a, b), _common_window(a, b)
+    a, b = (_on_window(x.regrouped(groups), *window) for x in (a, b))
     weight = K.Sum(a.weight.shape, (a.weight, b.weight))
     return replace(a, weight=weight, bias=K.total(a.bias, b.bias), mode=padding.mode, fill=padding.fill)
 
@@ -253,8 +253,8 @@ def stack(a: AffineConv, b: AffineConv, same_input: bool) -> AffineConv:
     elif (a.weight.shape[1], a.out_channels * b.groups) != (b.weight.shape[1], b.out_channels * a.groups):
         raise Illegal("broadcast", f"{a.describe()} has other groups than {b.describe()}")
     groups = 1 if same_input else a.groups + b.groups
-    padding = _padding_of(a, b)
-    a, b = (_on_common_window(x, a, b) for x in (a, b))
+    padding, window = _padding_of(a, b), _common_window(a, b)
+    a, b = (_on_window(x, *window) for x in (a, b))
     fill = padding.fill
     if fill is not None and not same_input:
         fill = K.stack([K.spread(fill, x.in_channels) for x in (a, b)])
@@ -267,12 +267,19 @@ def _padding_of(a: AffineConv, b: AffineConv) -> AffineConv:
     return b if b.pads and not a.pads else a
 
 
-def _on_common_window(x: AffineConv, a: AffineConv, b: AffineConv) -> AffineConv:
-    """x on the window of taps that holds both a's and b's."""
+def _common_window(a: AffineConv, b: AffineConv) -> tuple[Ints, Ints, Ints, Ints]:
+    """Pads, dilation and taps of the window that holds both a's and b's."""
     lo = tuple(max(p, q) for p, q in zip(a.pad_lo, b.pad_lo, strict=True))
     hi = tuple(max(p, q) for p, q in zip(a.pad_hi, b.pad_hi, strict=True))
     grid = _common_grid(a, b, lo)
     taps = tuple((low + high - net) // g + 1 for low, high, net, g in zip(lo, hi, a.net_pad, grid, strict=True))
+    return lo, hi, grid, taps
+
+
+def _on_window(x: AffineConv, lo: Ints, hi: Ints, grid: Ints, taps: Ints) -> AffineConv:
+    """x on a window of taps that holds its own."""
+    if (x.pad_lo, x.pad_hi, x.dilation, x.taps) == (lo, hi, grid, taps):
+        return x
     return replace(x, weight=_placed(x, lo, grid, taps), pad_lo=lo, pad_hi=hi, dilation=grid)
 
 

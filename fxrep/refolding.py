@@ -206,15 +206,15 @@ class Architecture:
     @staticmethod
     def of(model: nn.Module) -> Architecture:
         modules = named_modules(model)
-        signature = {n: (tuple(t.shape), t.dtype) for n, t in _registered(modules).items()}
-        return Architecture(signature, _layers(modules), _tensors(modules))
+        registered = _registered(modules)
+        signature = {n: (tuple(t.shape), t.dtype) for n, t in registered.items()}
+        return Architecture(signature, _layers(modules), registered | _plain(modules))
 
 
 def make_fold_plan(result: nn.Module, root: nn.Module, before: Architecture) -> FoldPlan:
     """From the drafts in `result` and the names that their leaves had before, or that tracing gave them in `root`."""
     drafts = [(name, vars(m).pop(DRAFT)) for name, m in named_modules(result) if DRAFT in vars(m)]
-    constants = {name: t for name, t in _tensors(named_modules(root)).items() if CONSTANT in name}
-    names = {id(t): name for name, t in reversed({**constants, **before.tensors}.items())}
+    names = {id(t): name for name, t in reversed({**_constants(named_modules(root)), **before.tensors}.items())}
     renamed = _renaming(names)
     folds, equal, indices = dict[str, Fold](), list[Equal](), dict[str, Tensor]()
     try:
@@ -244,8 +244,17 @@ def _registered(modules: Sequence[tuple[str, nn.Module]]) -> dict[str, Tensor]:
 
 def _tensors(modules: Sequence[tuple[str, nn.Module]]) -> dict[str, Tensor]:
     """The registered ones, and those that are mere attributes."""
-    plain = {joined(p, n): t for p, m in modules for n, t in own_attributes(m) if isinstance(t, Tensor)}
-    return _registered(modules) | plain
+    return _registered(modules) | _plain(modules)
+
+
+def _plain(modules: Sequence[tuple[str, nn.Module]]) -> dict[str, Tensor]:
+    return {joined(p, n): t for p, m in modules for n, t in own_attributes(m) if isinstance(t, Tensor)}
+
+
+def _constants(modules: Sequence[tuple[str, nn.Module]]) -> dict[str, Tensor]:
+    """What tracing stowed away."""
+    stores = ((p, s) for p, m in modules for s in (m._parameters, m._buffers, vars(m)))
+    return {joined(p, n): t for p, s in stores for n, t in s.items() if CONSTANT in n and isinstance(t, Tensor)}
 
 
 def _layers(modules: Sequence[tuple[str, nn.Module]]) -> tuple[tuple[str, str, int], ...]:

@@ -216,7 +216,9 @@ def is_hooked(module: nn.Module) -> bool:
 def _note_constant(node: Node, facts: Facts) -> bool:
     """Notes parameters, and what is computed from parameters alone, as kernels."""
     if node.op == "get_attr":
-        tensor = attribute_of(facts.modules[""], str(node.target))
+        path, _, name = str(node.target).rpartition(".")
+        owner = facts.modules.get(path)
+        tensor = getattr(owner, name, None) if owner is not None else attribute_of(facts.modules[""], str(node.target))
         if isinstance(tensor, Tensor) and K.is_plain(tensor):
             facts.constants[node.name] = K.Leaf.of(tensor)
             return True
