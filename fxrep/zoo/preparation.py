@@ -100,8 +100,8 @@ def _shapes(model: nn.Module) -> list[tuple[int, ...]] | None:
         return [(2, 3, *((size, size) if isinstance(size, int) else size))]
     if library != "torchvision":
         return None
-    kind = rest[1] if len(rest) > 1 else ""
-    return _TORCHVISION.get(kind, _TORCHVISION.get(rest[-1], [(2, 3, 128, 128)]))
+    kinds = (".".join(rest[1:]), *rest[1:2])
+    return next((_TORCHVISION[kind] for kind in kinds if kind in _TORCHVISION), [(2, 3, 128, 128)])
 
 
 _TORCHVISION: dict[str, list[tuple[int, ...]]] = {
@@ -109,8 +109,8 @@ _TORCHVISION: dict[str, list[tuple[int, ...]]] = {
     "segmentation": [(2, 3, 128, 160)],
     "optical_flow": [(1, 3, 128, 136), (1, 3, 128, 136)],
     "video": [(2, 3, 8, 64, 56)],
-    "s3d": [(2, 3, 14, 64, 56)],
-    "mvit": [(2, 3, 16, 224, 224)],
+    "video.s3d": [(1, 3, 16, 224, 224)],
+    "video.mvit": [(1, 3, 16, 224, 224)],
     "swin_transformer": [(2, 3, 64, 64)],
     "vision_transformer": [(2, 3, 224, 224)],
     "maxvit": [(2, 3, 224, 224)],
