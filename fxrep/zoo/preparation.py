@@ -101,10 +101,11 @@ def _shapes(model: nn.Module) -> list[tuple[int, ...]] | None:
     if library != "torchvision":
         return None
     kinds = (".".join(rest[1:]), *rest[1:2])
-    return next((_TORCHVISION[kind] for kind in kinds if kind in _TORCHVISION), [(2, 3, 128, 128)])
+    return next((_TORCHVISION[kind] for kind in kinds if kind in _TORCHVISION), _TORCHVISION[""])
 
 
 _TORCHVISION: dict[str, list[tuple[int, ...]]] = {
+    "": [(2, 3, 128, 128)],
     "detection": [(3, 160, 192), (3, 128, 160)],
     "segmentation": [(2, 3, 128, 160)],
     "optical_flow": [(1, 3, 128, 136), (1, 3, 128, 136)],
