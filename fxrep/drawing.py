@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from math import prod
 from typing import Any
@@ -23,7 +23,7 @@ from fxrep.page.scene import Grid
 from fxrep.plan import Decision, Plan
 from fxrep.readers import Readings
 from fxrep.readers.sizes import ASSERTS
-from fxrep.trees import buffers, named_modules, parameters
+from fxrep.trees import buffers, parameters
 
 MOST_PICTURES = 6
 MOST_SUMMANDS = 6
@@ -115,8 +115,7 @@ def pictures(decision: Decision, names: Mapping[int, str]) -> dict[int, Picture]
     return {emit: picture for emit, picture in found.items() if picture is not None}
 
 
-def parameter_names(root: nn.Module) -> dict[int, str]:
-    modules = named_modules(root)
+def parameter_names(modules: Sequence[tuple[str, nn.Module]]) -> dict[int, str]:
     found = (*buffers(modules).items(), *parameters(modules).items())
     return {id(p): name for name, p in reversed(found)}
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from math import gcd
 from typing import Any
@@ -21,7 +21,7 @@ from fxrep.parts import Anchor
 from fxrep.refolding import columns_first
 from fxrep.rows import blocks
 from fxrep.sketch import gathered, rows_sketched, sketched
-from fxrep.trees import named_modules, parameters
+from fxrep.trees import parameters
 
 CONV_LAYERS: dict[tuple[int, bool], type[nn.Module]] = {
     (1, False): nn.Conv1d, (2, False): nn.Conv2d, (3, False): nn.Conv3d,
@@ -122,9 +122,9 @@ def in_layout(emit: Emit, number: Callable[[K.Kernel], Tensor]) -> tuple[Tensor 
     return weight, bias
 
 
-def like_of(model: nn.Module) -> Like | None:
-    """The dtype and device of a model's floating-point parameters, if all have one."""
-    kinds = {(p.dtype, p.device) for p in parameters(named_modules(model)).values() if p.is_floating_point()}
+def like_of(modules: Iterable[tuple[str, nn.Module]]) -> Like | None:
+    """The dtype and device of the floating-point parameters of modules, if all have one."""
+    kinds = {(p.dtype, p.device) for p in parameters(modules).values() if p.is_floating_point()}
     return Like(*next(iter(kinds)), channels_last=False, trainable=False) if len(kinds) == 1 else None
 
 

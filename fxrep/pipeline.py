@@ -47,7 +47,7 @@ class Pipeline:
         self.readings = read_graph(self.graph, self.modules, {name: len(shape) for name, shape in shapes.items()}, told)
         self.nodes: dict[str, Node] = {n.name: n for n in self.graph.nodes}
         _check_examples(self.graph, self.readings, shapes)
-        self.like = like_of(traced.root)
+        self.like = like_of(traced.modules.items())
         self.problem = _problem(self.graph, self.modules, self.readings, writes, shapes)
         self.make_plan = partial(make_plan, aim=aim, strict=strict, legal=legal)
         self.counts_copies = aim.objective == "params"  # of weights that several calls share
@@ -102,7 +102,7 @@ class Pipeline:
         ledger = self.ledger() if inplace else None
         folded: dict[int, Folded] = {}
         shown: dict[int, Picture] = {}
-        parameters = parameter_names(self.traced.root)
+        parameters = parameter_names(list(self.traced.modules.items()))
         for decision in self.plan.decisions.values():
             shown |= pictures(decision, parameters) if len(shown) < MOST_PICTURES else {}
             own = numbers.get(decision.node, [])

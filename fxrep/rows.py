@@ -114,10 +114,13 @@ def _regroup(at: _Reader, node: K.Regroup, start: int, stop: int) -> Tensor:
 
 def _places(node: K.Regroup, start: int, rows: Tensor) -> tuple[Tensor, Tensor]:
     """Where the entries of some rows of W go among the columns of its regrouped form."""
-    width, number = rows.shape[1], torch.arange(len(rows), device=rows.device)
-    group = (number + start) // (node.shape[0] // node.groups_from)
-    columns = group % (node.groups_from // node.groups_to) * width
-    return number.unsqueeze(1), columns.unsqueeze(1) + torch.arange(width, device=rows.device)
+    number, width = torch.arange(len(rows), device=rows.device), rows.shape[1]
+    height = node.shape[0] // node.groups_from
+    group = number + start if height == 1 else (number + start) // height
+    columns = group if node.groups_to == 1 else group % (node.groups_from // node.groups_to)
+    if width > 1:
+        return number.unsqueeze(1), columns.unsqueeze(1) * width + torch.arange(width, device=rows.device)
+    return number.unsqueeze(1), columns.unsqueeze(1)
 
 
 @_local(K.Sum)
