@@ -202,8 +202,10 @@ class _Interpreter:
         return self.runs[node.name]
 
     def _is_part(self, node: Node) -> bool:
-        """Whether it is replaced, a number, or a view of an anchor."""
+        """Whether it is replaced, a number, or a view of an anchor; an anchor is drawn, whatever computes it."""
         facts = self.readings.facts
+        if node.name in self.sources - self.inside:
+            return False
         if node.name in self.inside or node.name in facts.constants or node.name in facts.scalars:
             return True
         form, view = self.readings.forms.get(node.name), facts.layouts.get(node.name)
