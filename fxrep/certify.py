@@ -103,7 +103,7 @@ def _difference(region: Region, interpreter: _Interpreter) -> str | None:
     """How the fold differs from its sub-graph at any of the sizes, or None."""
     recipe, device = region.decision.recipe, _device(region.folded)
     doubles, mode = interpreter.doubles, interpreter.mode
-    emits, last, wanted = list(region.emits), list(recipe.emits), region.decision.node
+    emits, last, wanted = list(region.emits), recipe.emits, region.decision.node
     maps = Maps(region.sources, emits, last, region.node_of, interpreter.readings, region.dims)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -204,16 +204,15 @@ class _Interpreter:
     def _is_part(self, node: Node) -> bool:
         """Whether it is replaced, a number, or a view of an anchor; an anchor is drawn, whatever computes it."""
         facts = self.readings.facts
-        if node.name in self.sources - self.inside:
-            return False
         if node.name in self.inside or node.name in facts.constants or node.name in facts.scalars:
             return True
+        if node.name in self.sources:
+            return False
         form, view = self.readings.forms.get(node.name), facts.layouts.get(node.name)
         if form is None and node.users and is_bypass(node, self.readings):
             return True
         read = set() if form is None else set(form.sources)
-        seen = self.seen - {node.name}
-        return (bool(read) and read <= seen) or (view is not None and view.source.name in seen)
+        return (bool(read) and read <= self.seen) or (view is not None and view.source.name in self.seen)
 
     def _run(self, node: Node) -> Any:
         constant = self.readings.facts.constants.get(node.name)
@@ -248,11 +247,11 @@ class _Interpreter:
     def _twin(self, module: nn.Module) -> nn.Module:
         twin: nn.Module = object.__new__(type(module))
         vars(twin).update(vars(module))
-        lazily = self.doubles.as_stored and type(module).forward in CONVERTED
+        as_stored = self.doubles.as_stored and type(module).forward in CONVERTED
         for store in ("_parameters", "_buffers"):
             found: dict[str, Tensor | None] = vars(module)[store]
             vars(twin)[store] = {
-                n: t if t is None or (lazily and t.ndim > 1) else self._double(t) for n, t in found.items()
+                n: t if t is None or (as_stored and t.ndim > 1) else self._double(t) for n, t in found.items()
             }
         return twin
 

@@ -48,6 +48,11 @@ def make_plan(problem: Problem, aim: Aim, strict: bool = False, legal: Legal = l
     return search.state.plan(search.refusals.values())
 
 
+def _is_dearer(costs: Iterable[float], apart: Iterable[float]) -> bool:
+    """Whether the one costs more than the other, beyond a tie."""
+    return fsum(costs) > fsum(apart) * (1 + TOLERANCE)
+
+
 class _Search(Candidates):
     """Takes candidates, one value or several at a time."""
 
@@ -84,10 +89,9 @@ class _Search(Candidates):
                 return set()
             chosen[reader] = min(options, key=lambda c: (c.cost, c.steps))
         replaced = {node, *readers, *(g for c in chosen.values() for g in c.gone)}
-        saved = fsum((*(state.costs[r] for r in replaced), *(-c.cost for c in chosen.values())))
         fewer = sum(state.recipes[r].steps for r in replaced) - sum(c.steps for c in chosen.values())
         effort = total(state.effort(r, c.recipe) for r, c in chosen.items())
-        dearer = saved < -TOLERANCE * fsum(c.cost for c in chosen.values())
+        dearer = _is_dearer((c.cost for c in chosen.values()), (state.costs[r] for r in replaced))
         if fewer <= 0 or dearer or effort.exceeds(total(state.efforts[r] for r in replaced)):
             return set()
         if self._stores_more({r: c.recipe for r, c in chosen.items()}, replaced):
@@ -114,7 +118,7 @@ class _Search(Candidates):
         candidate = Candidate(
             recipe, (layer,), frozenset((layer,)), partial(state.cost, layer, recipe), (*noted, *equal)
         )
-        dearer = candidate.cost > (state.costs[layer] + state.costs[node]) * (1 + TOLERANCE)
+        dearer = _is_dearer((candidate.cost,), (state.costs[layer], state.costs[node]))
         if dearer or self._stores_more({node: recipe}, (layer,)):
             return set()
         self.withdraw(node)

@@ -50,12 +50,12 @@ def _layer(state: State, name: str) -> AffineConv | None:
     """The one plain layer that computes the value, if it may be computed elsewhere."""
     if name in state.removed or name in state.hosts or name in state.problem.fixed:
         return None
-    emits = list(state.recipes[name].emits)
-    operator = emits[0].operator
-    if len(emits) != 1 or operator is None or emits[0].is_pad or emits[0].anchor.rows is not None:
+    first, *others = state.recipes[name].emits
+    operator = first.operator
+    if others or operator is None or first.is_pad or first.anchor.rows is not None:
         return None
     plain = operator.groups == 1 and not operator.transposed and not operator.averages and operator.fill is None
-    return operator if plain and emits[0].anchor.source not in state.hosts else None
+    return operator if plain and first.anchor.source not in state.hosts else None
 
 
 def _stacked(state: State, members: Sequence[str]) -> Recipe | None:

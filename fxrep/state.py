@@ -103,8 +103,7 @@ class State:
         self.equal[name] = tuple(e for m in members for e in self.equal.get(m, ()))
         self._stops_reading(members)
         self._set(name, stacked)
-        for source in self.sources(name):
-            self.readers[source].add(name)
+        self._starts_reading(name)
         self.readers[name] = set(members)
         for member, view in zip(members, views, strict=True):
             self.inlined.setdefault(member, ())
@@ -142,10 +141,13 @@ class State:
         self._set(node, candidate.recipe)
         self._inline(node, candidate.absorbed)
         self.equal[node] = (*self.equal.get(node, ()), *candidate.equal)
-        for source in candidate.recipe.form.sources:
-            self.readers.setdefault(source, set()).add(node)
+        self._starts_reading(node)
         lost |= self._sweep(node, lost)
         return {reader for source in lost for reader in self.readers[source]}
+
+    def _starts_reading(self, node: str) -> None:
+        for source in self.sources(node):
+            self.readers.setdefault(source, set()).add(node)
 
     def _stops_reading(self, nodes: Iterable[str]) -> set[str]:
         """Gives the values that lost a reader."""
@@ -186,8 +188,7 @@ class State:
         self._stops_reading((node, pool, layer))
         self.removed |= {pool, layer}
         self._set(name, inner.recipe)
-        for source in self.sources(name):
-            self.readers.setdefault(source, set()).add(name)
+        self._starts_reading(name)
         anchor = Anchor(name)
         channels = emit.operator.out_channels if emit.operator else None
         form = AffineForm((Part({anchor: emit.operator or ONE}, None, channels),), dims)
@@ -218,8 +219,7 @@ class State:
         )
         self._stops_reading([node])
         self._set(node, Recipe(replace(recipe.form, parts=parts), emits))
-        for source in self.sources(node):
-            self.readers.setdefault(source, set()).add(node)
+        self._starts_reading(node)
         return [*made, *(name for term in made for name in self.split(term))]
 
     def _split_part(self, node: str, part: Part, terms: tuple[Emit, ...], made: list[str]) -> tuple[Emit, ...]:
@@ -229,7 +229,7 @@ class State:
         return tuple(e if e.is_pass else self._term(node, e, part, made) for e in terms)
 
     def _term(self, node: str, emit: Emit, part: Part, made: list[str]) -> Emit:
-        anchor, dims = replace(emit.anchor, slot=0), self.recipes[node].dims
+        anchor, dims = emit.anchor.unslotted, self.recipes[node].dims
         form = AffineForm((Part({anchor: _term_of(emit, part.channels, dims)}, emit.kernels[1], part.channels),), dims)
         return self._value_of_its_own(node, Recipe(form, ((replace(emit, anchor=anchor),),)), made)
 
@@ -243,8 +243,7 @@ class State:
         self.inlined[name] = tuple(dict.fromkeys((*self.inlined[node], node)))
         self.equal[name] = self.equal.get(node, ())
         self._set(name, recipe)
-        for source in self.sources(name):
-            self.readers.setdefault(source, set()).add(name)
+        self._starts_reading(name)
         return Emit(Anchor(name))
 
     def shape_of(self, node: str, channels: int | None, dims: int | None) -> Shape:
