@@ -53,6 +53,13 @@ def shifted(dim: Dim, add: int, divide: int = 1) -> Dim:
     return Size(dim.base, dim.add + dim.divide * add, dim.divide * divide)
 
 
+def axis_of(dim: Dim | None) -> Axis | None:
+    """The axis that a size is, as it is; None for a number, and for what is computed from axes."""
+    if isinstance(dim, Size) and isinstance(dim.base, Axis) and (dim.add, dim.divide) == (0, 1):
+        return dim.base
+    return None
+
+
 def multiplied(*dims: Dim) -> Dim:
     """The product of sizes, integers gathered into one factor and symbols in a fixed order."""
     factor = prod(d for d in dims if isinstance(d, int))
@@ -138,20 +145,21 @@ class Shapes:
 
     def require_size(self, shape: Shape, index: int, size: int) -> None:
         """An op that takes only `size` along an axis accepted this value."""
-        dim = self.dim(shape, index)
-        if isinstance(dim, Size) and isinstance(dim.base, Axis) and (dim.add, dim.divide) == (0, 1):
-            self.sizes.setdefault(dim.base, size)
+        axis = axis_of(self.dim(shape, index))
+        if axis is not None:
+            self.sizes.setdefault(axis, size)
 
     def require_equal(self, a: Shape, b: Shape, index: int) -> None:
         """An op that takes only values of one size along an axis accepted these two."""
         dims = self.dim(a, index), self.dim(b, index)
         for dim, other in (dims, dims[::-1]):
-            if not isinstance(dim, Size) or not isinstance(dim.base, Axis) or (dim.add, dim.divide) != (0, 1):
+            axis = axis_of(dim)
+            if axis is None or other is None:
                 continue
             if isinstance(other, int):
-                self.sizes.setdefault(dim.base, other)
-            elif other is not None and self._is_before(other, dim.base):
-                self.equal.setdefault(dim.base, other)
+                self.sizes.setdefault(axis, other)
+            elif self._is_before(other, axis):
+                self.equal.setdefault(axis, other)
 
     def _is_before(self, dim: Dim, axis: Axis) -> bool:
         """Whether all that a size depends on is there before the root of an axis."""

@@ -17,29 +17,38 @@ from fxrep.form import AffineForm
 from fxrep.kernel import Kernel
 from fxrep.readers.registry import Call, base_name, reader
 
+#: Every spelling of an op on two operands.
+ADDS = (operator.add, torch.add, "add", operator.iadd, "add_")
+SUBS = (operator.sub, torch.sub, "sub", operator.isub, "sub_", torch.subtract, "subtract")
+RSUBS = (torch.rsub, "__rsub__")
+MULS = (operator.mul, torch.mul, "mul", operator.imul, "mul_", torch.multiply, "multiply")
+DIVS = (
+    operator.truediv, torch.div, "div", operator.itruediv, "div_", torch.true_divide, torch.divide, "divide",
+)  # fmt: skip
 
-@reader(operator.add, torch.add, "add", operator.iadd, "add_")
+
+@reader(*ADDS)
 def read_add(at: Call) -> AffineForm:
     """a + alpha·b."""
     a, b, alpha = at.bind("input other alpha", alpha=1)
     return _combine(at, a, 1.0, b, alpha)
 
 
-@reader(operator.sub, torch.sub, "sub", operator.isub, "sub_", torch.subtract, "subtract")
+@reader(*SUBS)
 def read_sub(at: Call) -> AffineForm:
     """a - alpha·b."""
     a, b, alpha = at.bind("input other alpha", alpha=1)
     return _combine(at, a, 1.0, b, -alpha)
 
 
-@reader(torch.rsub, "__rsub__")
+@reader(*RSUBS)
 def read_rsub(at: Call) -> AffineForm:
     """b - alpha·a."""
     a, b, alpha = at.bind("input other alpha", alpha=1)
     return _combine(at, a, -alpha, b, 1.0)
 
 
-@reader(operator.mul, torch.mul, "mul", operator.imul, "mul_", torch.multiply, "multiply")
+@reader(*MULS)
 def read_mul(at: Call) -> AffineForm:
     """γ·x, for a constant γ that is a scalar or varies along one axis only."""
     a, b = at.bind("input other")
@@ -50,7 +59,7 @@ def read_mul(at: Call) -> AffineForm:
     return at.value(x).scale(vector, dims=dims)
 
 
-@reader(operator.truediv, torch.div, "div", operator.itruediv, "div_", torch.true_divide, torch.divide, "divide")
+@reader(*DIVS)
 def read_div(at: Call) -> AffineForm:
     """x / σ, for a constant σ."""
     x, divisor, rounding = at.bind("input other rounding_mode", rounding_mode=None)

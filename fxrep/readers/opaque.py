@@ -12,6 +12,7 @@ from torch.fx import Node
 from torch.nn.modules import activation
 
 from fxrep.errors import Illegal
+from fxrep.readers.arithmetic import ADDS, DIVS, MULS, RSUBS, SUBS
 from fxrep.readers.convolution import each
 from fxrep.readers.normalization import NATIVE_BATCH_NORMS
 from fxrep.readers.registry import Call, First, shape_rule
@@ -41,12 +42,7 @@ SAME_METHODS = (
     "clamp_", "clip", "clamp_min", "softmax", "log_softmax", "float", "half", "double", "bfloat16", "to", "type",
     "type_as", "detach", "cuda", "cpu", "reciprocal", "requires_grad_", "nan_to_num", "round", "floor",
 )  # fmt: skip
-BROADCASTING = (
-    operator.add, torch.add, "add", operator.iadd, "add_", operator.sub, torch.sub, "sub", operator.mul, torch.mul,
-    "mul", operator.imul, "mul_", operator.truediv, torch.div, "div", torch.maximum, torch.minimum,
-    operator.isub, "sub_", torch.rsub, "__rsub__", torch.subtract, "subtract", torch.multiply, "multiply",
-    operator.itruediv, "div_", torch.divide, "divide", torch.true_divide,
-)  # fmt: skip
+BROADCASTING = (*ADDS, *SUBS, *RSUBS, *MULS, *DIVS, torch.maximum, torch.minimum)
 MAX_POOLS: dict[Any, int] = {
     nn.MaxPool1d: 1, nn.MaxPool2d: 2, nn.MaxPool3d: 3, F.max_pool1d: 1, F.max_pool2d: 2, F.max_pool3d: 3,
     First(aten.max_pool2d_with_indices.default): 2, First(aten.max_pool3d_with_indices.default): 3,
