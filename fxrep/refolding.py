@@ -17,7 +17,7 @@ from fxrep.frozen import arguments
 from fxrep.kernel import Kernel
 from fxrep.rows import blocks
 from fxrep.snapshot import CONSTANT
-from fxrep.trees import buffers, first_names, joined, named_modules, own_attributes, parameters
+from fxrep.trees import buffers, first_names, joined, named_modules, on_meta, own_attributes, parameters
 
 DRAFT = "_fxrep_draft"  # where a collapsed module holds its folds until it is known what their leaves are called
 
@@ -232,7 +232,7 @@ def make_fold_plan(result: nn.Module, root: nn.Module, before: Architecture) -> 
 
 
 def _check_numbers(tensors: Mapping[str, Tensor], whose: str) -> None:
-    empty = next((name for name, t in tensors.items() if t.is_meta), None)
+    empty = on_meta(tensors)
     if empty is not None:
         raise FxrepError(f"{empty} of {whose} is on meta, where there are no numbers; bring weights onto cpu first")
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from torch import Tensor, nn
@@ -45,6 +45,11 @@ def parameters(modules: Iterable[tuple[str, nn.Module]]) -> dict[str, nn.Paramet
 def buffers(modules: Iterable[tuple[str, nn.Module]]) -> dict[str, Tensor]:
     """By dotted names, each under every name that it has."""
     return {joined(p, n): t for p, m in modules for n, t in m._buffers.items() if t is not None}
+
+
+def on_meta(tensors: Mapping[str, Tensor]) -> str | None:
+    """The first name of a tensor without numbers."""
+    return next((name for name, tensor in tensors.items() if tensor.is_meta), None)
 
 
 def own_attributes(module: nn.Module) -> Iterator[tuple[str, Any]]:

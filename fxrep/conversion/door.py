@@ -22,6 +22,7 @@ from fxrep.conversion.weights import load_weights
 from fxrep.errors import FxrepError, Unusable
 from fxrep.kernel import is_plain
 from fxrep.report import Report
+from fxrep.trees import on_meta
 from fxrep.verification import Comparison, Trial, Verdict, verify
 from fxrep.verification.compare import ROUNDED, Leaf, compare, judged
 from fxrep.verification.inputs import Case, Examples, Known, own_size, sampler
@@ -181,7 +182,7 @@ def _check_axes(dynamic: Sequence[int], examples: Examples) -> None:
 
 def _check_numbers(model: nn.Module) -> None:
     """Nothing can be compared where weights are no numbers, as after a training that diverged."""
-    empty = next((name for name, p in model.named_parameters() if p.is_meta), None)
+    empty = on_meta(dict(model.named_parameters()))
     if empty is not None:
         raise Unusable(f"the weights {empty} are on meta, where there are no numbers; build the model on cpu")
     plain = ((name, p) for name, p in model.named_parameters() if p.is_floating_point() and is_plain(p))

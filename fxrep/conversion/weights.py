@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from fxrep.errors import Unusable, no_file
+from fxrep.trees import on_meta
 
 NAMES_TOLD = 3
 DEPTH = 3  # of the mappings in a checkpoint that are looked into
@@ -90,7 +91,7 @@ def _check_arguments(model: object, file: object) -> None:
     if not isinstance(model, nn.Module) or not isinstance(file, (str, os.PathLike)):
         given = f"{type(model).__name__}, {type(file).__name__}"
         raise Unusable(f"got ({given}); load_weights(model, file) takes a module and the name of a checkpoint")
-    empty = next((name for name, p in model.named_parameters() if p.is_meta), None)
+    empty = on_meta(dict(model.named_parameters()))
     if empty is not None:  # copying there does nothing, and torch only warns
         raise Unusable(
             f"{empty} is on meta, which holds no weights; give it memory first: model.to_empty(device='cpu')"

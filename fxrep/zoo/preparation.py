@@ -100,8 +100,8 @@ def _shapes(model: nn.Module) -> list[tuple[int, ...]] | None:
         return [(2, 3, *((size, size) if isinstance(size, int) else size))]
     if library != "torchvision":
         return None
-    kinds = (".".join(rest[1:]), *rest[1:2])
-    return next((_TORCHVISION[kind] for kind in kinds if kind in _TORCHVISION), _TORCHVISION[""])
+    kinds = (".".join(rest[1:]), *rest[1:2], "")
+    return next(_TORCHVISION[kind] for kind in kinds if kind in _TORCHVISION)
 
 
 _TORCHVISION: dict[str, list[tuple[int, ...]]] = {
