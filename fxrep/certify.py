@@ -202,17 +202,24 @@ class _Interpreter:
         return self.runs[node.name]
 
     def _is_part(self, node: Node) -> bool:
-        """Whether it is replaced, a number, or a view of an anchor; an anchor is drawn, whatever computes it."""
+        """Whether it is replaced, a number, or made of (views of) anchors; an anchor is drawn, whatever computes it."""
         facts = self.readings.facts
         if node.name in self.inside or node.name in facts.constants or node.name in facts.scalars:
             return True
         if node.name in self.sources:
             return False
-        form, view = self.readings.forms.get(node.name), facts.layouts.get(node.name)
+        form = self.readings.forms.get(node.name)
         if form is None and node.users and is_bypass(node, self.readings):
             return True
-        read = set() if form is None else set(form.sources)
-        return (bool(read) and read <= self.seen) or (view is not None and view.source.name in self.seen)
+        sources = () if form is None else form.sources
+        return self._is_view(node.name) or (bool(sources) and all(map(self._is_seen, sources)))
+
+    def _is_seen(self, name: str) -> bool:
+        return name in self.seen or self._is_view(name)
+
+    def _is_view(self, name: str) -> bool:
+        view = self.readings.facts.layouts.get(name)
+        return view is not None and view.source.name in self.seen
 
     def _run(self, node: Node) -> Any:
         constant = self.readings.facts.constants.get(node.name)

@@ -141,6 +141,27 @@ def test_a_reader_that_fails_takes_nothing_down(read_as: Callable[..., None]):
     assert [r for r in result.report.refusals if "private_op" in r.node and "division by zero" in r.reason]
 
 
+class Moved(nn.Module):
+    """A batch norm of one channel over moved axes of a row-wise layer that something else reads too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear, self.norm = nn.Linear(1, 1), nn.BatchNorm1d(1)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        rows = self.linear(x.relu().transpose(1, 2))
+        return self.norm(rows.transpose(1, 2)), torch.cat([rows.mul(-2), rows], 1)
+
+
+def test_what_is_made_of_a_view_of_an_anchor_is_made_of_the_anchor():
+    model, x = randomise(Moved()).double(), torch.randn(2, 1, 16, dtype=torch.float64)
+    result = fxrep.reparameterize(model, (x,))
+    for got, expected in zip(result(x), model.eval()(x), strict=True):
+        assert relative_error(got, expected) < 1e-12
+    assert [r.code for r in result.report.refusals if r.code == "certificate-failed"] == []
+    assert result.report.after["bn"] == 0
+
+
 @pytest.mark.parametrize(
     ("target", "wrong"),
     [
