@@ -82,8 +82,12 @@ def _axis_sizes(
         for shape, op in (*terms, *before):
             dim = known.dim(shape, i - dims)
             least[dim] = max(least.get(dim, 1), _least(op, i))
+        for dim, enough in least.items():
+            if dim is not None:
+                _enlarge(sizes, dim, enough, known)
         read = [(known.dim(shape, i - dims), op) for shape, op in terms]
-        wanted = max(_output_size(op, i, least[dim] + extra + i % 2) for dim, op in read)
+        now = {d: n if d is None else known.evaluate(d, lambda a: sizes.get(a, 1)) for d, n in least.items()}
+        wanted = max(_output_size(op, i, max(least[dim], now[dim]) + extra + i % 2) for dim, op in read)
         for dim, op in read:
             if dim is not None:
                 _enlarge(sizes, dim, max(least[dim], _input_size(op, i, wanted)), known)
