@@ -140,7 +140,7 @@ def _concrete(
     shape: Shape, readings: Readings, size: Callable[[Axis], int], dims: int, channels: int
 ) -> tuple[int, ...]:
     known = readings.facts.shapes
-    rank = known.rank(shape) or max(len(shape.tail), dims + 1) + 1
+    rank = known.rank(shape) or max(known.least_rank(shape), dims + 1) + 1
     numbers = []
     for i in range(-rank, 0):
         dim: Dim | None = known.dim(shape, i)
