@@ -376,8 +376,10 @@ def test_axes_are_numbers(here: Path, capsys: pytest.CaptureFixture[str], axes: 
     assert "names no axes" in capsys.readouterr().err
 
 
+#: A shell that starts the tests in the background has them ignore the first of the signals.
 STOPPED = """
-import sys, time
+import signal, sys, time
+signal.signal(signal.SIGINT, signal.default_int_handler)
 from fxrep.cli import main
 from fxrep.conversion import door
 def wait(*_):
