@@ -174,7 +174,8 @@ class Pipeline:
         told = tuple(self._told(r) for r in (*read, *plan.refusals, *self.refused))
         drawn = scene(self.graph, self.modules, self.readings, plan)
         return Report(
-            self.name, collapses, told, self.before, after, plan.seconds_before, plan.seconds_after, drawn,
+            self.name, collapses, told, self.before, after, plan.seconds_before, plan.seconds_after,
+            not self.problem.sizes, drawn,
             tuple(replace(picture, layer=names[emit]) for emit, picture in (shown or {}).items()),
         )  # fmt: skip
 

@@ -19,6 +19,7 @@ SCHEMA = 1
 """Version of `Report.to_dict`: raised when a key goes or changes its meaning, not when one is added."""
 
 WIDTH = 110
+NOMINAL = "Predicted at nominal sizes (images of 224x224): give example_inputs for those of yours."
 NAMES_SHOWN = 3
 ROWS_BEFORE_FOLDING = 20
 ROWS_WHEN_FOLDED = 12
@@ -52,6 +53,8 @@ class Report:
     cost_before: float
     """Seconds that the cost model predicts for the original."""
     cost_after: float
+    nominal: bool = False
+    """Whether the costs are those of nominal sizes (images of 224x224), as no example inputs were given."""
     scene: Scene | None = field(default=None, repr=False)
     """The network before and after, for drawing; None where it was not traced."""
     pictures: tuple[Picture, ...] = field(default=(), repr=False)
@@ -61,7 +64,7 @@ class Report:
         return self.text()
 
     def text(self, *, full: bool = False) -> str:
-        parts = [f"fxrep: {self.model}", self._summary("simple"), *self._collapses(full), *self._refusals(full)]
+        parts = [f"fxrep: {self.model}", self._summary("simple"), *self._sizes(), *self._collapses(full), *self._refusals(full)]
         return "\n\n".join(parts)
 
     def to_dict(self) -> dict[str, Any]:
@@ -72,6 +75,7 @@ class Report:
             "after": dict(self.after),
             "cost_before": self.cost_before,
             "cost_after": self.cost_after,
+            "nominal": self.nominal,
             "collapses": [{**asdict(c), "replaced": list(c.replaced)} for c in self.collapses],
             "refusals": [asdict(r) for r in self.refusals],
         }
@@ -94,7 +98,8 @@ class Report:
             (_count(len(self.refusals), "refusal"), self._refusal_table()),
         ]
         told = [f"<p>{title}</p>{table}" for title, table in sections if table]
-        return "\n".join([f"<h4>fxrep: {escape(self.model)}</h4>", self._summary("html"), *told])
+        sizes = [f"<p>{note}</p>" for note in self._sizes()]
+        return "\n".join([f"<h4>fxrep: {escape(self.model)}</h4>", self._summary("html"), *sizes, *told])
 
     def _collapse_table(self) -> str:
         return _table(_rows(self.collapses, None), _COLLAPSE_HEADERS, "html") if self.collapses else ""
@@ -107,8 +112,11 @@ class Report:
         kinds = dict.fromkeys([*self.before, *self.after])
         counts = [(kind, self.before.get(kind, 0), self.after.get(kind, 0)) for kind in kinds]
         rows = [(kind, str(old), str(new), "") for kind, old, new in counts if old or new]
-        cost = ("affine ops take", duration(self.cost_before), duration(self.cost_after), self._speedup())
+        cost = ("affine ops, predicted", duration(self.cost_before), duration(self.cost_after), self._speedup())
         return _table([*rows, cost], ("", "before", "after", ""), form, align=("left", "right", "right", "left"))
+
+    def _sizes(self) -> list[str]:
+        return [NOMINAL] if self.nominal and self.cost_before else []
 
     def _speedup(self) -> str:
         if self.cost_after <= 0:

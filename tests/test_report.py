@@ -41,7 +41,7 @@ def test_header_counts_and_cost():
     assert text.startswith("fxrep: RepVGG\n")
     assert cells(text, "conv") == ["conv", "44", "22"]
     assert cells(text, "bn") == ["bn", "61", "0"]
-    assert cells(text, "affine") == ["affine", "ops", "take", "9.50", "ms", "5.00", "ms", "1.90x", "as", "fast"]
+    assert cells(text, "affine") == ["affine", "ops,", "predicted", "9.50", "ms", "5.00", "ms", "1.90x", "as", "fast"]
 
 
 def test_a_count_that_stays_zero_is_left_out():
@@ -53,6 +53,11 @@ def test_a_kind_known_to_one_side_only_is_zero_on_the_other():
     text = str(make_report(before={"bn": 2}, after={"conv": 1}))
     assert cells(text, "bn") == ["bn", "2", "0"]
     assert cells(text, "conv") == ["conv", "0", "1"]
+
+
+def test_nominal_sizes_are_told():
+    assert all("nominal sizes" in told(make_report(nominal=True)) for told in (str, Report._repr_html_))
+    assert not any("nominal" in told(make_report()) for told in (str, Report._repr_html_))
 
 
 def test_a_free_result_has_no_ratio():
@@ -141,6 +146,7 @@ def test_dict_is_complete_and_json_round_trips():
         "after": report.after,
         "cost_before": 9.5e-3,
         "cost_after": 5e-3,
+        "nominal": False,
         "collapses": [
             {"name": BLOCK.name, "replaced": list(BLOCK.replaced), "became": BLOCK.became, "saved": BLOCK.saved}
         ],
