@@ -104,7 +104,7 @@ def _difference(region: Region, interpreter: _Interpreter) -> str | None:
     recipe, device = region.decision.recipe, _device(region.folded)
     doubles, mode = interpreter.doubles, interpreter.mode
     emits, last, wanted = list(region.emits), recipe.emits, region.decision.node
-    maps = Maps(region.sources, emits, last, region.node_of, interpreter.readings, region.dims)
+    maps = Maps(region.replaced, emits, last, region.node_of, interpreter.readings, region.dims)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         for extra in (0, 1):

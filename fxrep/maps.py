@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
+from itertools import chain
 
 import torch
 from torch import Tensor
@@ -15,18 +16,19 @@ from fxrep.shapes import Axis, Dim, Shape, Shapes, Size, free_axes
 from fxrep.sketch import signs
 
 SEED, OF_CHANNELS = 0x5EED, 0xC4A
+MORE = 8  # how much larger a map may be than the least
 #: The size of what an operator reads, and the operator (None: what is read is passed on).
 Reading = tuple[Shape, AffineConv | None]
 
 
 class Maps:
-    """Draws values by name, for what is computed from `sources` by `emits`, of which `last` give the result.
+    """Draws values by name, for what is computed by `emits`, of which `last` give the result, in place of `replaced`.
 
     `node_of` names the node of the graph that has the size of a source.
     """
 
     def __init__(
-        self, sources: Collection[str], emits: Sequence[Emit], last: Sequence[Emit], node_of: Callable[[str], str],
+        self, replaced: Collection[str], emits: Sequence[Emit], last: Sequence[Emit], node_of: Callable[[str], str],
         readings: Readings, dims: int,
     ) -> None:  # fmt: skip
         known = readings.facts.shapes
@@ -37,10 +39,9 @@ class Maps:
 
         self.terms = read(last)
         self.before = read(emits)
-        self.before += [  # one anchor may be computed from another
+        self.before += [
             (known.full(known.of[a.source]), term)
-            for form in (readings.forms.get(s) for s in sources)
-            if form is not None and set(sources).issuperset(form.sources)
+            for form in map(readings.forms.get, replaced) if form is not None
             for a, term in form.terms if isinstance(term, AffineConv) and term.dims == dims
         ]  # fmt: skip
         whole = [(e.anchor.source, e.operator) for e in emits if e.operator and e.anchor.rows is None]
@@ -91,7 +92,26 @@ def _axis_sizes(
         for dim, op in read:
             if dim is not None:
                 _enlarge(sizes, dim, max(least[dim], _input_size(op, i, wanted)), known)
+        _settle(sizes, i, read, known)
     return sizes
+
+
+def _settle(
+    sizes: dict[Axis, int], i: int, read: Sequence[tuple[Dim | None, AffineConv | None]], known: Shapes
+) -> None:
+    """Where the terms do not give one size, takes the nearest at which they do: a network may be one for few sizes."""
+    terms = [(dim, op) for dim, op in read if dim is not None and dim != 1]  # of size 1: it is broadcast
+    axes = free_axes(dim for dim, _ in terms)
+    if len(axes) != 1:
+        return
+    (axis,) = axes
+
+    def agree(size: int) -> bool:
+        given = {_output_size(op, i, known.evaluate(dim, lambda _: size)) for dim, op in terms}
+        return len(given) == 1 and min(given) > 0
+
+    start = sizes[axis]
+    sizes[axis] = next(filter(agree, chain(range(start, start + MORE), range(start - 1, 0, -1))), start)
 
 
 def _enlarge(sizes: dict[Axis, int], dim: Dim, enough: int, known: Shapes) -> None:

@@ -64,7 +64,13 @@ class Report:
         return self.text()
 
     def text(self, *, full: bool = False) -> str:
-        parts = [f"fxrep: {self.model}", self._summary("simple"), *self._sizes(), *self._collapses(full), *self._refusals(full)]
+        parts = [
+            f"fxrep: {self.model}",
+            self._summary("simple"),
+            *self._sizes(),
+            *self._collapses(full),
+            *self._refusals(full),
+        ]
         return "\n\n".join(parts)
 
     def to_dict(self) -> dict[str, Any]:

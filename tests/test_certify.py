@@ -179,10 +179,37 @@ class Stacked(nn.Module):
         return torch.stack([y / self.gain, y]).sum(0), F.conv2d(x, self.weight - self.weight.mean(0))
 
 
+class Tiny(nn.Module):
+    """A strided convolution and what it reads, which add up on maps of one pixel alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 3, (3, 1), stride=2, padding=(1, 0), bias=False)
+        self.norm, self.other = nn.BatchNorm2d(3), nn.BatchNorm2d(3)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        y = x.relu()
+        return (self.norm(self.conv(y)).add(self.other(y), alpha=0.5),)
+
+
+class Dropped(nn.Module):
+    """Channels that nobody reads, of a convolution that wraps around."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.wide = nn.Conv2d(3, 3, (4, 1), padding="same", padding_mode="circular")
+        self.conv, self.norm = nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        y = x.relu()
+        return (self.norm(self.conv(torch.cat([y, self.wide(x)], 1)[:, :3])),)
+
+
 #: by name: the network, the size of its input, and whether it is told
 CERTIFIED = {
     "moved": (Moved, (2, 1, 16), True), "averaged": (Averaged, (2, 1, 9, 12), False),
-    "stacked": (Stacked, (2, 3, 5, 6), False),
+    "stacked": (Stacked, (2, 3, 5, 6), False), "tiny": (Tiny, (2, 3, 1, 1), True),
+    "dropped": (Dropped, (2, 3, 5, 6), False),
 }  # fmt: skip
 
 
