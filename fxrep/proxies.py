@@ -5,8 +5,8 @@ from __future__ import annotations
 import dis
 import inspect
 import operator
-from collections.abc import Iterator
-from types import FrameType
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from types import CodeType, FrameType
 from typing import Any
 
 import torch
@@ -55,20 +55,42 @@ def _only_way(frame: FrameType) -> bool | None:
     if at is None or not code[at].opname.startswith("POP_JUMP") or not code[at].opname.endswith(("_TRUE", "_FALSE")):
         return None
     jumps_if = code[at].opname.endswith("_TRUE")
-    next_raises, target_raises = _raises(code, at + 1), _raises(code, place.get(code[at].argval, len(code)))
+    caught = _caught(frame.f_code, code, place)
+    next_raises, target_raises = (_raises(code, place, caught, start) for start in (at + 1, place[code[at].argval]))
     if next_raises == target_raises:
         return None
     return jumps_if if next_raises else not jumps_if
 
 
-def _raises(code: list[dis.Instruction], start: int) -> bool:
-    """Whether the instructions from here on run straight into a `raise`."""
-    for instruction in code[start:]:
-        if instruction.opname == "RAISE_VARARGS":
-            return True
-        if "JUMP" in instruction.opname or instruction.opname.startswith(("RETURN", "FOR_ITER", "STORE", "YIELD")):
-            return False
-    return False
+def _raises(code: Sequence[dis.Instruction], place: Mapping[int, int], caught: Collection[int], start: int) -> bool:
+    """Whether every way on from here ends in a `raise` that leaves the function, and none goes back."""
+    todo, seen = [start], set[int]()
+    while todo:
+        at = todo.pop()
+        while at not in seen and (code[at].opname != "RAISE_VARARGS" or at in caught):
+            seen.add(at)
+            name = code[at].opname
+            if name.startswith(("RETURN", "YIELD", "FOR_ITER", "RAISE")) or at + 1 == len(code):
+                return False
+            if "JUMP" in name:
+                target = place[code[at].argval]
+                if target <= at:
+                    return False
+                todo.append(target)
+            if name in ("JUMP_FORWARD", "JUMP_ABSOLUTE"):
+                break
+            at += 1
+    return True
+
+
+def _caught(function: CodeType, code: Sequence[dis.Instruction], place: Mapping[int, int]) -> set[int]:
+    """The instructions of which an `except` or `finally` of the same function sees what they raise."""
+    known = getattr(dis.Bytecode(function), "exception_entries", None)
+    if known is None:  # before Python 3.11
+        spans = [(i.offset, i.argval) for i in code if i.opname == "SETUP_FINALLY"]
+    else:
+        spans = [(e.start, e.end) for e in known if code[place[e.target] + 1].opname != "WITH_EXCEPT_START"]
+    return {i for i, one in enumerate(code) if any(start <= one.offset < end for start, end in spans)}
 
 
 class Rest(Proxy):

@@ -152,6 +152,8 @@ class Tracer(Recorder):
         self.remembered: dict[int, Remembered] = {}
         #: by identity: the nodes of parameters and remembered tensors
         self.recorded: dict[int, fx.Proxy] = {}
+        #: what could not be traced; a forward may go on after it, by an `except` of its own
+        self.failures: list[Exception] = []
         self.module_stack = Stack()
 
     def trace(self, root: Any, concrete_args: dict[str, Any] | None = None) -> fx.Graph:
@@ -161,7 +163,9 @@ class Tracer(Recorder):
             self.names = {id(tensor): name for name, tensor in reversed(self.tensors.items())}
         try:
             with Watch(self), recorded_builtins():
-                return super().trace(root, concrete_args)
+                graph = super().trace(root, concrete_args)
+                self._check_failures(0)
+                return graph
         finally:
             vars(self).clear()  # fx leaves the tracer in a cycle, which would keep the model's tensors for a while
 
@@ -178,17 +182,40 @@ class Tracer(Recorder):
     def call_module(self, m: nn.Module, forward: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The module's result; one whose forward fails on proxies is called as a whole, as if it had been a leaf."""
         before, depth = next(iter(reversed(self.graph.nodes)), None), len(self.module_stack)
+        known = len(self.failures)
         try:
-            return super().call_module(m, forward, args, kwargs)
+            result = super().call_module(m, forward, args, kwargs)
+            self._check_failures(known)
+            return result
         except Exception as error:  # whatever a forward does with a proxy may raise anything
             name = self.path_of_module(m)
             if not name or name in self.kept:
                 raise
             self.kept[name] = told(error)
+            del self.failures[known:]
             while len(self.module_stack) > depth:
                 self.module_stack.popitem(last=True)
             self._forget_since(before)
             return super().call_module(m, forward, args, kwargs)
+
+    def to_bool(self, obj: fx.Proxy) -> bool:
+        return bool(self._noting(super().to_bool, obj))
+
+    def iter(self, obj: fx.Proxy) -> Iterator[Any]:
+        found: Iterator[Any] = self._noting(super().iter, obj)
+        return found
+
+    def _noting(self, ask: Callable[[fx.Proxy], Any], proxy: fx.Proxy) -> Any:
+        try:
+            return ask(proxy)
+        except fx.proxy.TraceError as error:  # which is a ValueError, as a network may raise and catch its own
+            self.failures.append(error)
+            raise
+
+    def _check_failures(self, known: int) -> None:
+        """Raises what the forward caught of those that came after the `known` ones: it went another way for them."""
+        if len(self.failures) > known:
+            raise self.failures[known]
 
     def _forget_since(self, before: fx.Node | None) -> None:
         """Takes back what was recorded after the node `before`."""

@@ -590,6 +590,49 @@ def test_assertions_are_kept_and_stop_no_trace() -> None:
             collapsed(wrong.double())
 
 
+class Strides(Asserting):
+    """A check with a name, that says what would do: several ways, of which all raise."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            height, width = x.shape[-2:]
+            self.check(height, width)
+        return self.body(x)
+
+    def check(self, height: int, width: int) -> None:
+        if height % 2 != 1 or width % 3 != 0:
+            fits = height if height % 2 == 1 else height + 1
+            if self.training:
+                raise RuntimeError("train it on maps of odd height")
+            raise ValueError(f"{height} rows are not odd; pad to {fits if fits > 0 else 1}, and columns to threes")
+
+
+class Caught(Asserting):
+    """What is raised and seen in the same function is one way of two."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        try:
+            if x.shape[-1] > 12:
+                raise ValueError("wide")
+        except ValueError:
+            return -self.body(x)
+        return self.body(x)
+
+
+def test_a_check_with_several_ways_to_raise_is_an_assertion() -> None:
+    network = built(Strides)
+    collapsed = fxrep.reparameterize(network)
+    assert isinstance(collapsed, torch.fx.GraphModule)
+    assert executed(collapsed, draw(1, 4, 9, 9))["b"] == 0
+    for size in ((1, 4, 9, 9), (2, 4, 5, 12)):
+        assert relative_error(collapsed(draw(*size)), original(network)(draw(*size))) <= TOLERANCE
+    for size in ((1, 4, 8, 9), (1, 4, 9, 8)):
+        with pytest.raises(ValueError, match="not odd"):
+            original(network)(draw(*size))
+        with pytest.raises(AssertionError, match="assertion of the network's own"):
+            collapsed(draw(*size))
+
+
 class Deciding(Asserting):
     """Two ways, of which neither raises: no assertion."""
 
@@ -601,8 +644,9 @@ class Deciding(Asserting):
         return self.body(x)
 
 
-def test_a_branch_that_may_return_is_no_assertion() -> None:
-    network = built(Deciding)
+@pytest.mark.parametrize("kind", [Deciding, Caught])
+def test_a_branch_that_may_return_is_no_assertion(kind: type[nn.Module]) -> None:
+    network = built(kind)
     collapsed = fxrep.reparameterize(network)
     assert not isinstance(collapsed, torch.fx.GraphModule)
     assert_equal(collapsed, network)
