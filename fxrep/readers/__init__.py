@@ -10,6 +10,7 @@ from fxrep.readers import (
     normalization,
     opaque,
     pooling,
+    resizing,
     views,
 )  # fmt: skip
 from fxrep.readers.registry import Call, Facts, base_name, canonical, reader, registered, shape_rule
@@ -18,5 +19,5 @@ from fxrep.readers.walk import NOTHING, Readings, Told, is_bypass, is_hooked, re
 __all__ = [
     "NOTHING", "Call", "Facts", "Readings", "Told", "arithmetic", "base_name", "borders", "canonical", "channels",
     "convolution", "indices", "is_bypass", "is_hooked", "moved", "normalization", "opaque", "pooling", "read_graph",
-    "reader", "registered", "shape_rule", "views",
+    "reader", "registered", "resizing", "shape_rule", "views",
 ]  # fmt: skip

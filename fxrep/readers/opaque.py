@@ -107,12 +107,12 @@ def pooled_shape(at: Call, pool: Any = None) -> Shape:
     taps = each(size, dims)
     steps = taps if stride in (None, [], ()) else each(stride, dims)
     if ceil and any(s != 1 for s in steps):  # such a size has no closed form here: a size of its own, on known axes
-        return _resized(at, x, [Size(Axis(at.node.name, i - dims)) for i in range(dims)])
+        return resized(at, x, [Size(Axis(at.node.name, i - dims)) for i in range(dims)])
     spans = [2 * p - d * (k - 1) for p, d, k in zip(each(padding, dims), each(dilation, dims), taps, strict=True)]
-    return _resized(
+    return resized(
         at,
         x,
-        [shifted(_spatial(at, x, i - dims), n - 1 + s, s) for i, (n, s) in enumerate(zip(spans, steps, strict=True))],
+        [shifted(known_size(at, x, i - dims), n - 1 + s, s) for i, (n, s) in enumerate(zip(spans, steps, strict=True))],
     )
 
 
@@ -125,10 +125,10 @@ def adaptive_shape(at: Call, pool: Any = None) -> Shape:
         dims = ADAPTIVE[at.target]
         x, size, *_ = at.bind("input output_size return_indices", return_indices=False)
     sizes = tuple(size) if isinstance(size, (tuple, list)) else (size,) * dims
-    kept = [_spatial(at, x, i - dims) if s is None else s for i, s in enumerate(sizes)]
+    kept = [known_size(at, x, i - dims) if s is None else s for i, s in enumerate(sizes)]
     if not all(isinstance(k, int) or not isinstance(k, Node) for k in kept):
         raise Illegal("shape-unknown", "the pooled size is computed at run time")
-    return _resized(at, x, kept)
+    return resized(at, x, kept)
 
 
 @shape_rule(torch.mean, "mean", torch.sum, "sum", torch.amax, "amax")
@@ -143,15 +143,15 @@ def reduced_shape(at: Call) -> Shape:
     return Shape(None, tuple(k for k in kept if k is not None))
 
 
-def _spatial(at: Call, x: Node, index: int) -> Dim:
+def known_size(at: Call, x: Node, index: int) -> Dim:
     size = at.dim(x, index)
     if size is None:
         raise Illegal("shape-unknown", f"{x.name} has too few axes")
     return size
 
 
-def _resized(at: Call, x: Node, spatial: list[Dim]) -> Shape:
-    """The shape of x with other spatial sizes."""
+def resized(at: Call, x: Node, spatial: list[Dim]) -> Shape:
+    """The shape of x with other sizes at the end."""
     shape = at.shapes.full(at.shape(x))
     dims = len(spatial)
     length = max(len(shape.tail), dims + 1)
