@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from itertools import chain
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,8 +18,44 @@ from fxrep.sketch import signs
 
 SEED, OF_CHANNELS = 0x5EED, 0xC4A
 MORE = 8  # how much larger a map may be than the least
-#: The size of what an operator reads, and the operator (None: what is read is passed on).
-Reading = tuple[Shape, AffineConv | None]
+
+
+class Along(NamedTuple):
+    """What decides on sizes along one axis: the size of what is read, and what the operator that reads it does there.
+    By default it is passed on."""
+
+    dim: Dim | None
+    lo: int = 0
+    hi: int = 0
+    span: int = 0
+    stride: int = 1
+    transposed: bool = False
+    mirrored: bool = False
+
+    @property
+    def least(self) -> int:
+        """The size at which there is a pixel that the padding does not reach."""
+        if self.transposed:
+            return 1 + self.lo + self.hi
+        mirrored = max(self.lo, self.hi) if self.mirrored else 0  # torch reflects no more than there is
+        return 1 + max(self.span + max(-self.lo, 0) + max(-self.hi, 0), mirrored)
+
+    def input_size(self, size: int) -> int:
+        """The least input for which the output is at least `size`."""
+        net = self.lo + self.hi
+        if self.transposed:
+            return -(-(size - self.span - 1 + net) // self.stride) + 1
+        return (size - 1) * self.stride - net + self.span + 1
+
+    def output_size(self, size: int) -> int:
+        net = self.lo + self.hi
+        if self.transposed:
+            return (size - 1) * self.stride + self.span + 1 - net
+        return (size + net - self.span - 1) // self.stride + 1
+
+
+#: By spatial axis: the terms of a result, and with them all else that is run on the way, each once.
+Read = tuple[tuple[tuple[Along, ...], tuple[Along, ...]], ...]
 
 
 class Maps:
@@ -31,19 +68,17 @@ class Maps:
         self, replaced: Collection[str], emits: Sequence[Emit], last: Sequence[Emit], node_of: Callable[[str], str],
         readings: Readings, dims: int,
     ) -> None:  # fmt: skip
-        known = readings.facts.shapes
         self.readings, self.dims = readings, dims
-
-        def read(some: Sequence[Emit]) -> list[Reading]:
-            return [(known.full(known.of[node_of(e.anchor.source)]), e.operator) for e in some]
-
-        self.terms = read(last)
-        self.before = read(emits)
-        self.before += [
-            (known.full(known.of[a.source]), term)
+        terms = [(node_of(e.anchor.source), e.operator) for e in last]
+        run = [(node_of(e.anchor.source), e.operator) for e in emits] + [
+            (a.source, term)
             for form in map(readings.forms.get, replaced) if form is not None
             for a, term in form.terms if isinstance(term, AffineConv) and term.dims == dims
         ]  # fmt: skip
+        shapes = readings.facts.shapes
+        self.read: Read = tuple(
+            (_along(terms, i, dims, shapes), _along(terms + run, i, dims, shapes)) for i in range(dims)
+        )
         whole = [(e.anchor.source, e.operator) for e in emits if e.operator and e.anchor.rows is None]
         self.channels = {source: operator.in_channels for source, operator in reversed(whole)}
 
@@ -53,7 +88,7 @@ class Maps:
         Each is a number per channel, the same at every size, times one map, so that convolutions of it cost little.
         """
         known, dims = self.readings.facts.shapes, self.dims
-        sizes = _axis_sizes(self.terms, self.before, self.readings, dims, extra)
+        sizes = self._sizes(extra)
         generator = torch.Generator().manual_seed(SEED + extra)
 
         def draw(name: str) -> Tensor:
@@ -67,47 +102,59 @@ class Maps:
 
         return draw
 
+    def _sizes(self, extra: int) -> dict[Axis, int]:
+        drawn, key = self.readings.drawn, (self.read, extra)
+        if key not in drawn:
+            drawn[key] = _axis_sizes(self.read, self.readings.facts.shapes, extra)
+        return drawn[key]
 
-def _axis_sizes(
-    terms: Sequence[Reading], before: Sequence[Reading], readings: Readings, dims: int, extra: int
-) -> dict[Axis, int]:
+
+def _along(read: Iterable[tuple[str, AffineConv | None]], i: int, dims: int, known: Shapes) -> tuple[Along, ...]:
+    """What is read along the spatial axis `i`, and how."""
+    found: dict[Along, None] = {}
+    for source, op in read:
+        dim = known.dim(known.of[source], i - dims)
+        found[Along(dim) if op is None else Along(dim, *_geometry(op, i))] = None
+    return tuple(found)
+
+
+def _geometry(op: AffineConv, i: int) -> tuple[int, int, int, int, bool, bool]:
+    span = op.dilation[i] * (op.taps[i] - 1)
+    return op.pad_lo[i], op.pad_hi[i], span, op.stride[i], op.transposed, op.mode != "zeros"
+
+
+def _axis_sizes(read: Read, known: Shapes, extra: int) -> dict[Axis, int]:
     """The smallest sizes of the free axes for which every term has border and interior, and all give one size.
 
-    `before` are operators that are run too, and need maps as large as they are.
     The sides are kept apart, so that a fold which confuses them is seen.
     """
-    known = readings.facts.shapes
     sizes: dict[Axis, int] = {}
-    for i in range(dims):
+    for i, (terms, run) in enumerate(read):
         least: dict[Dim | None, int] = {}
-        for shape, op in (*terms, *before):
-            dim = known.dim(shape, i - dims)
-            least[dim] = max(least.get(dim, 1), _least(op, i))
+        for along in run:
+            least[along.dim] = max(least.get(along.dim, 1), along.least)
         for dim, enough in least.items():
             if dim is not None:
                 _enlarge(sizes, dim, enough, known)
-        read = [(known.dim(shape, i - dims), op) for shape, op in terms]
         now = {d: n if d is None else known.evaluate(d, lambda a: sizes.get(a, 1)) for d, n in least.items()}
-        wanted = max(_output_size(op, i, max(least[dim], now[dim]) + extra + i % 2) for dim, op in read)
-        for dim, op in read:
-            if dim is not None:
-                _enlarge(sizes, dim, max(least[dim], _input_size(op, i, wanted)), known)
-        _settle(sizes, i, read, known)
+        wanted = max(a.output_size(max(least[a.dim], now[a.dim]) + extra + i % 2) for a in terms)
+        for along in terms:
+            if along.dim is not None:
+                _enlarge(sizes, along.dim, max(least[along.dim], along.input_size(wanted)), known)
+        _settle(sizes, terms, known)
     return sizes
 
 
-def _settle(
-    sizes: dict[Axis, int], i: int, read: Sequence[tuple[Dim | None, AffineConv | None]], known: Shapes
-) -> None:
+def _settle(sizes: dict[Axis, int], read: Sequence[Along], known: Shapes) -> None:
     """Where the terms do not give one size, takes the nearest at which they do: a network may be one for few sizes."""
-    terms = [(dim, op) for dim, op in read if dim is not None and dim != 1]  # of size 1: it is broadcast
+    terms = [(a.dim, a) for a in read if a.dim is not None and a.dim != 1]  # of size 1: it is broadcast
     axes = free_axes(dim for dim, _ in terms)
     if len(axes) != 1:
         return
     (axis,) = axes
 
     def agree(size: int) -> bool:
-        given = {_output_size(op, i, known.evaluate(dim, lambda _: size)) for dim, op in terms}
+        given = {a.output_size(known.evaluate(dim, lambda _: size)) for dim, a in terms}
         return len(given) == 1 and min(given) > 0
 
     start = sizes[axis]
@@ -124,36 +171,6 @@ def _enlarge(sizes: dict[Axis, int], dim: Dim, enough: int, known: Shapes) -> No
                 enough * dim.divide - dim.add  # type: ignore[union-attr]
                 if direct else sizes[axis] + max(1, sizes[axis] // 16)
             )  # fmt: skip
-
-
-def _least(op: AffineConv | None, axis: int) -> int:
-    """The size along an axis at which an operator has a pixel that its padding does not reach."""
-    if op is None:
-        return 1
-    lo, hi = op.pad_lo[axis], op.pad_hi[axis]
-    if op.transposed:
-        return 1 + lo + hi
-    mirrored = 0 if op.mode == "zeros" else max(lo, hi)  # torch reflects no more than there is
-    return 1 + max(op.span[axis] + max(-lo, 0) + max(-hi, 0), mirrored)
-
-
-def _input_size(op: AffineConv | None, axis: int, size: int) -> int:
-    """The least input for which the output along an axis is at least `size`."""
-    if op is None:
-        return size
-    net = op.pad_lo[axis] + op.pad_hi[axis]
-    if op.transposed:
-        return -(-(size - op.span[axis] - 1 + net) // op.stride[axis]) + 1
-    return (size - 1) * op.stride[axis] - net + op.span[axis] + 1
-
-
-def _output_size(op: AffineConv | None, axis: int, size: int) -> int:
-    if op is None:
-        return size
-    net = op.pad_lo[axis] + op.pad_hi[axis]
-    if op.transposed:
-        return (size - 1) * op.stride[axis] + op.span[axis] + 1 - net
-    return (size + net - op.span[axis] - 1) // op.stride[axis] + 1
 
 
 def _concrete(

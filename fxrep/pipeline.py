@@ -219,8 +219,8 @@ def _check_examples(graph: Graph, readings: Readings, examples: Mapping[str, tup
             wanted = shapes.conflicts[name]
             raise FxrepError(f"example_inputs: {called[name]} has {len(given)} axes; the network takes {wanted}")
         for axis, size in shapes.sizes.items():
-            if axis.root == name and -axis.index <= len(given) and given[axis.index] != size:
-                fact = f"{given[axis.index]} at axis {axis.index} of its shape {given}"
+            if axis.root == name and -axis.place <= len(given) and given[axis.place] != size:
+                fact = f"{given[axis.place]} at axis {axis.place} of its shape {given}"
                 raise FxrepError(f"example_inputs: {called[name]} has {fact}; the network takes {size}")
 
 

@@ -46,9 +46,9 @@ class Sizes:
 
     def _size_of(self, axis: Axis, is_batch: bool) -> int:
         if axis.root in self.examples:
-            return self.examples[axis.root][axis.index]
+            return self.examples[axis.root][axis.place]
         rank = self.shapes.ranks.get(axis.root)
-        if is_batch or (rank is not None and -axis.index == rank):
+        if is_batch or (rank is not None and -axis.place == rank):
             return 1
         is_image = rank == 4 or (rank is None and Axis(axis.root, -3) in self.shapes.sizes)
         return IMAGE_SIZE if is_image else DEFAULT_SIZE

@@ -288,7 +288,7 @@ class Rewriter:
             for factor in dim.base.sizes:
                 value = self._number(self.new.call_function(operator.mul, (value, self._size(factor))))
         else:
-            value = self._number(self.new.call_method("size", (self.env[self.nodes[dim.base.root]], dim.base.index)))
+            value = self._number(self.new.call_method("size", (self.env[self.nodes[dim.base.root]], dim.base.place)))
         if dim.add:
             value = self._number(self.new.call_function(operator.add, (value, dim.add)))
         if dim.divide != 1:

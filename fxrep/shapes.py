@@ -9,14 +9,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from math import prod
+from typing import NamedTuple
 
 
-@dataclass(frozen=True)
-class Axis:
-    """Axis `index` (counted from the end, negative) of the value `root`, of unknown size."""
+class Axis(NamedTuple):
+    """Axis `place` (counted from the end, negative) of the value `root`, of unknown size."""
 
     root: str
-    index: int
+    place: int
 
 
 @dataclass(frozen=True)
@@ -127,7 +127,7 @@ class Shapes:
 
     def least_rank(self, shape: Shape) -> int:
         """How many axes there are at least: those that are spelled out, or that an op asked a size of."""
-        asked = [-axis.index for axis in self.sizes if axis.root == shape.root]
+        asked = [-axis.place for axis in self.sizes if axis.root == shape.root]
         return max(len(shape.tail), *asked) if asked else len(shape.tail)
 
     def require_rank(self, shape: Shape, rank: int) -> None:

@@ -22,7 +22,7 @@ from fxrep.kernel import Kernel
 from fxrep.readers.registry import Call, Facts, SizesOf, base_name, find, find_shape_rule
 from fxrep.readers.sizes import note_number
 from fxrep.readers.views import LIKE_ANOTHER
-from fxrep.shapes import Dim, Shape, Shapes, Size, multiplied, shifted
+from fxrep.shapes import Axis, Dim, Shape, Shapes, Size, multiplied, shifted
 
 LATER_KNOWN = ("shape-unknown", "rank-unknown", "broadcast")  # refusals that a later op's facts may lift
 #: Methods that end in an underscore and yet write no numbers.
@@ -55,6 +55,8 @@ class Readings:
     bypassed: frozenset[str]
     #: what was found equal by its numbers
     equal: tuple[Equal, ...] = ()
+    #: the sizes of free axes at which regions were drawn, by what was run for them: the blocks of a network are alike
+    drawn: dict[Any, dict[Axis, int]] = field(default_factory=dict)
 
     def is_value(self, node: Node) -> bool:
         return node.name not in self.facts.constants and node.name not in self.facts.scalars

@@ -219,7 +219,7 @@ def _known(model: nn.Module, arguments: Mapping[str, Any]) -> dict[str, Known] |
     shapes = read_graph(traced.graph, modules, ranks).facts.shapes
     sizes: dict[str, dict[int, int]] = {name: {} for name in inputs}
     for axis, size in shapes.sizes.items():
-        sizes.get(axis.root, {})[axis.index] = size
+        sizes.get(axis.root, {})[axis.place] = size
     return {target: Known(shapes.ranks.get(name), sizes[name]) for name, target in inputs.items()}
 
 
