@@ -167,7 +167,7 @@ class _Interpreter:
     """Runs the nodes that a decision replaces, on demand, in float64, on random values of what they are made from."""
 
     def __init__(self, region: Region, nodes: Mapping[str, Node], readings: Readings, doubles: Doubles) -> None:
-        self.nodes, self.readings, self.doubles, self.mode = nodes, readings, doubles, InDouble()
+        self.nodes, self.readings, self.doubles, self.mode = nodes, readings, doubles, InDouble(doubles)
         self.inside, self.sources = region.replaced, region.sources
         self.seen = self.sources | self.inside
         self.values: dict[str, Any] = {}

@@ -17,11 +17,36 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from fxrep.evaluation import Doubles
 from fxrep.rows import BLOCK
+from fxrep.sketch import channel_numbers
 
 COMPUTED = {torch.conv1d, torch.conv2d, torch.conv3d, F.linear}
 #: Forwards whose weight goes to one of the functions below and nowhere else: it may stay as it is stored.
 CONVERTED = (nn.Conv1d.forward, nn.Conv2d.forward, nn.Conv3d.forward, nn.Linear.forward)
+
+
+class Contracting(Doubles):
+    """Contracts large weights as they are read, with the numbers that a map of their channels is drawn with: a weight
+    that is folded and then run, as it is stored, is so fetched from memory once."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._contracted: dict[int, tuple[Tensor, list[Tensor]]] = {}
+
+    def rows(self, tensor: Tensor, start: int, stop: int) -> Tensor:
+        rows = super().rows(tensor, start, stop)
+        if rows.ndim > 1 and rows.device.type == "cpu":
+            found = self._contracted.setdefault(id(tensor), (tensor, []))[1]
+            if start == sum(map(len, found)):  # not read already
+                found.append(_contract_rows(rows.reshape(*rows.shape[:2], -1), channel_numbers(rows.shape[1])))
+        return rows
+
+    def contracted(self, weight: Tensor, channels: Tensor) -> Tensor | None:
+        """W·a as (O, K), if all rows of W were read and a is what they were contracted with."""
+        found = self._contracted.get(id(weight), (weight, []))[1]
+        is_known = sum(map(len, found)) == len(weight) and channels is channel_numbers(weight.shape[1])
+        return torch.cat(found) if is_known else None
 
 
 class _Product(NamedTuple):
@@ -36,8 +61,9 @@ class InDouble(TorchFunctionMode):
     """While it is entered, convolutions and linear layers of float64 values are computed here, from weights of any
     floating type; of a map that `product` made, quickly."""
 
-    def __init__(self) -> None:
+    def __init__(self, doubles: Doubles) -> None:
         super().__init__()
+        self.doubles = doubles
         self._products: dict[int, _Product] = {}
         self._contracted: dict[tuple[int, int], tuple[Tensor, Tensor, Tensor]] = {}
 
@@ -96,7 +122,9 @@ class InDouble(TorchFunctionMode):
         """(W·a)[o,0,t] = Σ_c W[o,c,t]·a[c], each row with the channels that its group reads; kept."""
         key = id(weight), id(channels)
         if key not in self._contracted:
-            found = _contract(weight.detach().reshape(*weight.shape[:2], -1), channels, groups)
+            found = self.doubles.contracted(weight, channels) if isinstance(self.doubles, Contracting) else None
+            if found is None:
+                found = _contract(weight.detach().reshape(*weight.shape[:2], -1), channels, groups)
             self._contracted[key] = weight, channels, found.reshape(len(weight), 1, *weight.shape[2:])
         return self._contracted[key][2]
 
@@ -109,12 +137,13 @@ def _contract(weight: Tensor, channels: Tensor, groups: int) -> Tensor:
     out = channels.new_empty(len(weight), weight.shape[2])
     step = max(BLOCK // max(prod(weight.shape[1:]), 1), 1)
     for start in range(0, len(weight), step):
-        rows = weight[start : start + step].double()
-        if weight.shape[2] == 1:
-            torch.mv(rows.flatten(1), channels, out=out[start : start + step].flatten())
-        else:
-            out[start : start + step] = torch.matmul(channels, rows)
+        out[start : start + step] = _contract_rows(weight[start : start + step].double(), channels)
     return out
+
+
+def _contract_rows(rows: Tensor, channels: Tensor) -> Tensor:
+    """rows (R, I, K), channels (I,) -> (R, K)."""
+    return torch.mv(rows.flatten(1), channels).unsqueeze(1) if rows.shape[2] == 1 else torch.matmul(channels, rows)
 
 
 def _scaled(one: Tensor, weight: Tensor, bias: Tensor | None, stride: tuple[int, ...]) -> Tensor:

@@ -32,6 +32,10 @@ class Doubles:
     def __call__(self, leaf: Leaf) -> Tensor:
         return self.of(leaf.tensor)
 
+    def rows(self, tensor: Tensor, start: int, stop: int) -> Tensor:
+        """A copy of some rows of a large tensor, as it is stored; not kept."""
+        return tensor.detach()[start:stop].to(torch.float64, copy=True)
+
     def of(self, tensor: Tensor) -> Tensor:
         if id(tensor) not in self._of:
             self._of[id(tensor)] = tensor, tensor.detach().to(torch.float64)

@@ -14,9 +14,9 @@ from fxrep.double import InDouble
 from fxrep.lower import Emit
 from fxrep.readers import Readings
 from fxrep.shapes import Axis, Dim, Shape, Shapes, Size, free_axes
-from fxrep.sketch import signs
+from fxrep.sketch import channel_numbers
 
-SEED, OF_CHANNELS = 0x5EED, 0xC4A
+SEED = 0x5EED
 MORE = 8  # how much larger a map may be than the least
 
 
@@ -98,7 +98,7 @@ class Maps:
             )  # fmt: skip
             one = (*shape[: -dims - 1], 1, *shape[len(shape) - dims :])
             values = torch.randn(one, generator=generator, dtype=torch.float64).to(device)
-            return mode.product(signs(shape[-dims - 1], OF_CHANNELS).to(device), values, -dims - 1)
+            return mode.product(channel_numbers(shape[-dims - 1]).to(device), values, -dims - 1)
 
         return draw
 

@@ -14,6 +14,7 @@ from torch.fx import Graph, GraphModule, Node
 from fxrep.census import census, planned
 from fxrep.certify import Region, certify
 from fxrep.cost import Aim
+from fxrep.double import Contracting
 from fxrep.drawing import MOST_PICTURES, parameter_names, pictures, scene
 from fxrep.errors import UNTOLD, FxrepError, Illegal, Refusal
 from fxrep.evaluation import Doubles
@@ -149,7 +150,7 @@ class Pipeline:
 
     def _certified_region(self, decision: Decision, terms: Mapping[str, Region], into: Into) -> Region | Refusal:
         """The decision's numbers in float64, certified."""
-        doubles = Doubles()
+        doubles = Contracting()
         try:
             region = self.region(decision, terms, doubles, into)
         except Illegal as illegal:

@@ -74,7 +74,7 @@ def _local(kind: type[Kernel]) -> Callable[[Any], Any]:
 def _leaf(at: _Reader, node: K.Leaf, start: int, stop: int) -> Tensor | None:
     if not at.doubles.as_stored or (node.axes is not None and node.axes[0] != 0):
         return None
-    value = node.tensor.detach()[start:stop].to(torch.float64, copy=True)
+    value = at.doubles.rows(node.tensor, start, stop)
     return value if node.axes is None else value.permute(node.axes)
 
 

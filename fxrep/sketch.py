@@ -12,7 +12,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-SEED = 0x51
+SEED, OF_CHANNELS = 0x51, 0xC4A
 
 
 @lru_cache(maxsize=256)
@@ -21,6 +21,11 @@ def signs(channels: int, seed: int = SEED) -> Tensor:
     generator = torch.Generator().manual_seed(seed + channels)
     sizes = torch.rand(channels, generator=generator, dtype=torch.float64) + 0.5
     return torch.where(torch.rand(channels, generator=generator) < 0.5, -sizes, sizes)
+
+
+def channel_numbers(channels: int) -> Tensor:
+    """What a map that is drawn for a certificate is made of: a number for each channel."""
+    return signs(channels, OF_CHANNELS)
 
 
 def rows_sketched(block: Tensor, start: int, channels: int, into: Tensor) -> None:

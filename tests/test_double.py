@@ -4,7 +4,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from fxrep.double import InDouble
+from fxrep import kernel as K
+from fxrep.double import Contracting, InDouble
+from fxrep.evaluation import Doubles
+from fxrep.rows import blocks
+from fxrep.sketch import channel_numbers
 
 CONVOLVE = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 # stride, padding, dilation
@@ -23,7 +27,7 @@ def test_it_is_torchs_convolution(dims, name, bias):
     weight = torch.randn(6, 1, *(3, 2, 3)[:dims], dtype=torch.float64)
     vector = torch.randn(6, dtype=torch.float64) if bias else None
     expected = CONVOLVE[dims](x, weight, vector, *GEOMETRY[name], groups=6)
-    with InDouble():
+    with InDouble(Doubles()):
         got = CONVOLVE[dims](x, weight, vector, *GEOMETRY[name], groups=6)
     assert got.shape == expected.shape
     assert torch.allclose(got, expected, rtol=0, atol=1e-14)
@@ -33,7 +37,7 @@ def test_different_geometry_on_each_axis():
     x, weight = torch.randn(1, 4, 11, 12, dtype=torch.float64), torch.randn(4, 1, 3, 1, dtype=torch.float64)
     arguments = {"stride": (2, 1), "padding": (0, 3), "dilation": (2, 1), "groups": 4}
     expected = F.conv2d(x, weight, **arguments)
-    with InDouble():
+    with InDouble(Doubles()):
         assert torch.allclose(F.conv2d(x, weight, **arguments), expected, rtol=0, atol=1e-14)
 
 
@@ -46,7 +50,7 @@ def test_different_geometry_on_each_axis():
 def test_all_else_is_torchs_own(shape, options):
     x, weight = torch.randn(1, 4, 9, 9, dtype=torch.float64), torch.randn(shape, dtype=torch.float64)
     expected = F.conv2d(x, weight, **options)
-    with InDouble():
+    with InDouble(Doubles()):
         assert torch.equal(F.conv2d(x, weight, **options), expected)
 
 
@@ -54,13 +58,13 @@ def test_one_row_a_group_of_several_channels():
     """What the certificate makes of a grouped convolution when it sums the rows of each group."""
     x, weight = torch.randn(1, 64, 9, 9, dtype=torch.float64), torch.randn(32, 2, 3, 3, dtype=torch.float64)
     expected = F.conv2d(x, weight, groups=32)
-    with InDouble():
+    with InDouble(Doubles()):
         assert torch.equal(F.conv2d(x, weight, groups=32), expected)
 
 
 def test_an_unbatched_map_is_torchs_own():
     x, weight = torch.randn(4, 9, 9, dtype=torch.float64), torch.randn(4, 1, 3, 3, dtype=torch.float64)
-    with InDouble():
+    with InDouble(Doubles()):
         assert F.conv2d(x, weight, groups=4).shape == (4, 7, 7)
 
 
@@ -71,7 +75,7 @@ def test_a_dense_float32_weight_is_taken_as_it_is_stored(name):
     x, weight = torch.randn(2, 300, 7, 8, dtype=torch.float64), torch.randn(150, 300, 3, 2)
     vector = torch.randn(150, dtype=torch.float64)
     expected = F.conv2d(x, weight.double(), vector, *GEOMETRY[name])
-    with InDouble():
+    with InDouble(Doubles()):
         got = F.conv2d(x, weight, vector, *GEOMETRY[name])
     assert got.dtype == torch.float64
     assert torch.allclose(got, expected, rtol=0, atol=1e-11)
@@ -81,7 +85,7 @@ def test_a_dense_float32_weight_is_taken_as_it_is_stored(name):
 def test_a_linear_layer(shape):
     torch.manual_seed(0)
     x, weight, bias = torch.randn(shape, dtype=torch.float64), torch.randn(400, 600), torch.randn(400).double()
-    with InDouble():
+    with InDouble(Doubles()):
         got = F.linear(x, weight, bias)
     assert torch.allclose(got, F.linear(x, weight.double(), bias), rtol=0, atol=1e-11)
 
@@ -96,7 +100,7 @@ def test_a_product_of_channels_and_one_map(dims, rows, groups, name, bias):
     channels, one = torch.randn(300).double(), torch.randn(2, 1, *(7, 8, 9)[:dims], dtype=torch.float64)
     weight = torch.randn(rows, 300 // groups, *(3, 2, 3)[:dims])
     vector = torch.randn(rows, dtype=torch.float64) if bias else None
-    mode = InDouble()
+    mode = InDouble(Doubles())
     x = mode.product(channels, one, -dims - 1)
     assert torch.equal(x, channels.reshape(-1, *(1,) * dims) * one)
     with mode:
@@ -110,7 +114,7 @@ def test_a_product_of_channels_and_one_map(dims, rows, groups, name, bias):
 def test_products_of_several_sizes_with_the_same_channels():
     """What was contracted for the first is used for the second, but not for other channels or another weight."""
     torch.manual_seed(0)
-    mode, weight, other = InDouble(), torch.randn(7, 5, 3, 3), torch.randn(7, 5, 3, 3)
+    mode, weight, other = InDouble(Doubles()), torch.randn(7, 5, 3, 3), torch.randn(7, 5, 3, 3)
     a, b = torch.randn(2, 5).double()
     for size in (4, 6):
         mode.forget_products()
@@ -126,7 +130,7 @@ def test_products_of_several_sizes_with_the_same_channels():
 def test_a_product_along_another_axis_is_any_map(axis):
     """Channels of the product that are not those of the convolution, nor of the linear layer."""
     torch.manual_seed(0)
-    mode, shape = InDouble(), [2, 5, 5, 5]
+    mode, shape = InDouble(Doubles()), [2, 5, 5, 5]
     shape[axis] = 1
     x = mode.product(torch.randn(5).double(), torch.randn(shape).double(), axis)
     weight, matrix = torch.randn(4, 5, 3, 3).double(), torch.randn(6, 5).double()
@@ -137,7 +141,7 @@ def test_a_product_along_another_axis_is_any_map(axis):
 
 
 def test_a_product_that_was_written_since_is_any_map():
-    mode, weight = InDouble(), torch.randn(4, 5, 3, 3).double()
+    mode, weight = InDouble(Doubles()), torch.randn(4, 5, 3, 3).double()
     x = mode.product(torch.randn(5).double(), torch.randn(1, 1, 6, 6).double(), -3)
     x[0, 0, 2, 2] += 1.0
     expected = F.conv2d(x, weight)
@@ -147,5 +151,22 @@ def test_a_product_that_was_written_since_is_any_map():
 
 def test_values_of_another_type_are_left_to_torch():
     x, weight = torch.randn(1, 64, 5, 5), torch.randn(64, 64, 3, 3)
-    with InDouble():
+    with InDouble(Doubles()):
         assert torch.equal(F.conv2d(x, weight), F.conv2d(x, weight.clone()))
+
+
+@pytest.mark.parametrize("shape", [(96, 400, 3, 3), (900, 100, 1, 1), (900, 100)], ids=str)
+def test_what_was_folded_is_not_contracted_again(shape: tuple[int, ...]):
+    """The contraction of a weight is that of its stored numbers, whatever the fold makes of the rows that it reads."""
+    weight, gain = torch.randn(shape), torch.rand(shape[0])
+    doubles, channels = Contracting(), channel_numbers(shape[1])
+    read = blocks(K.ScaleRows(shape, K.Leaf.of(weight), K.Leaf.of(gain)), doubles)
+    next(read)
+    assert doubles.contracted(weight, channels) is None, "not all of it was read"
+    assert len(list(read)) > 0
+    got = doubles.contracted(weight, channels)
+    expected = torch.einsum("oc...,c->o...", weight.double(), channels)
+    assert got is not None
+    assert torch.allclose(got.reshape(expected.shape), expected, rtol=0, atol=1e-11)
+    assert doubles.contracted(weight, channels.clone()) is None, "other numbers"
+    assert doubles.contracted(weight.clone(), channels) is None, "another tensor"
