@@ -12,6 +12,7 @@ import torch
 from torch import fx, nn
 
 from fxrep.errors import Refusal
+from fxrep.kinds import KIND
 from fxrep.proxies import IS_CONSTANT, VALUE
 from fxrep.snapshot import Snapshot
 from fxrep.tracer import Tracer, told
@@ -72,7 +73,7 @@ def _finished(
     for node in graph.nodes:
         if isinstance(node.type, str):  # a postponed annotation, which fx would write into its code as it stands
             node.type = None
-        for known in (VALUE, IS_CONSTANT):  # numbers of the model, which a copied node would keep
+        for known in (VALUE, IS_CONSTANT, KIND):  # numbers of the model, which a copied node would keep
             node.meta.pop(known, None)
     called = {str(n.target) for n in graph.nodes if n.op == "call_module"}
     inside = {name: reason for name, reason in kept.items() if name in called}

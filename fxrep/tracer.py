@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-import builtins
 import inspect
 import operator
+import re
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, fx, nn
 from torch.overrides import TorchFunctionMode, is_tensor_method_or_property
 from torch.utils._pytree import tree_leaves
 
+from fxrep.asking import asked
+from fxrep.kinds import KIND, kind_of
 from fxrep.proxies import (
     IS_CONSTANT,
     VALUE,
@@ -36,8 +37,6 @@ RANDOM_FACTORIES = (
 )  # fmt: skip
 #: Arguments, and containers of arguments, that are what they are for every tracer.
 PLAIN = frozenset((type(None), bool, int, float, str, tuple, list, dict, slice))
-#: Builtins that give numbers of numbers: of traced sizes they are recorded, not asked.
-RECORDED_BUILTINS = (builtins.max, builtins.min)
 
 
 class Watch(TorchFunctionMode):
@@ -76,29 +75,6 @@ class Remembered:
     kwargs: dict[str, Any]
     #: which one it is, of several that the function gives
     piece: int | None = None
-
-
-@contextmanager
-def recorded_builtins() -> Iterator[None]:
-    """While it is entered, `max` and `min` of traced numbers are recorded; of anything else they are what they were."""
-    for function in RECORDED_BUILTINS:
-        setattr(builtins, function.__name__, _recording(function))
-    try:
-        yield
-    finally:
-        for function in RECORDED_BUILTINS:
-            setattr(builtins, function.__name__, function)
-
-
-def _recording(function: Callable[..., Any]) -> Callable[..., Any]:
-    def recorded(*args: Any, **kwargs: Any) -> Any:
-        entries = args[0] if len(args) == 1 and isinstance(args[0], (tuple, list)) else args
-        proxy = next((e for e in entries if isinstance(e, fx.Proxy)), None)
-        if proxy is None or kwargs:
-            return function(*args, **kwargs)
-        return proxy.tracer.create_proxy("call_function", function, args, {})
-
-    return recorded
 
 
 class Stack(OrderedDict[str, Any]):
@@ -149,6 +125,7 @@ class Tracer(Recorder):
         self.kept = {} if kept is None else kept
         self.examples = examples or {}
         self.names: dict[int, str] = {}
+        self.modules: dict[str, nn.Module] = {}
         self.remembered: dict[int, Remembered] = {}
         #: by identity: the nodes of parameters and remembered tensors
         self.recorded: dict[int, fx.Proxy] = {}
@@ -160,9 +137,10 @@ class Tracer(Recorder):
         if isinstance(root, nn.Module):
             modules = named_modules(root)
             self.tensors = {**parameters(modules), **buffers(modules)}
+            self.modules = dict(modules)
             self.names = {id(tensor): name for name, tensor in reversed(self.tensors.items())}
         try:
-            with Watch(self), recorded_builtins():
+            with Watch(self), asked():
                 graph = super().trace(root, concrete_args)
                 self._check_failures(0)
                 return graph
@@ -197,6 +175,13 @@ class Tracer(Recorder):
                 self.module_stack.popitem(last=True)
             self._forget_since(before)
             return super().call_module(m, forward, args, kwargs)
+
+    def kind(self, proxy: fx.Proxy) -> type:
+        """The type of the value that a proxy stands for. Raises TraceError where it is not known."""
+        found = kind_of(proxy.node, self.modules)
+        if found is None:
+            return cast(type, self._noting(_not_known, proxy))
+        return found
 
     def to_bool(self, obj: fx.Proxy) -> bool:
         return bool(self._noting(super().to_bool, obj))
@@ -295,6 +280,10 @@ class Tracer(Recorder):
             if not isinstance(arg, fx.Proxy):
                 continue
             name = str(arg.node.target)
+            if name in self.examples:
+                arg.node.meta[KIND] = type(self.examples[name])
+            elif name in parameters and not _is_tensor(parameters[name].annotation):
+                arg.node.meta[KIND] = None
             default = parameters[name].default if name in parameters else inspect.Parameter.empty
             if default is inspect.Parameter.empty:
                 continue
@@ -323,6 +312,16 @@ class Tracer(Recorder):
 
     def _assert(self, relation: Callable[[Any, Any], bool], arg: fx.Proxy, other: Any, message: str) -> None:
         torch._assert(self.create_proxy("call_function", relation, (arg, other), {}), message)
+
+
+def _not_known(proxy: fx.Proxy) -> None:
+    raise fx.proxy.TraceError(f"it asks for the type of {proxy.node.name}, which is known only when it runs")
+
+
+def _is_tensor(annotation: Any) -> bool:
+    """Whether an argument so annotated is a tensor, as far as is told."""
+    words = set(re.findall(r"\w+", annotation if isinstance(annotation, str) else str(annotation)))
+    return annotation is inspect.Parameter.empty or words <= {"class", "torch", "Tensor", "typing", "Optional", "None"}
 
 
 def told(error: Exception) -> str:

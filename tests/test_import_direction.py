@@ -29,6 +29,8 @@ ORDER = (
     "copying",
     "wrappers",
     "proxies",
+    "kinds",
+    "asking",
     "tracer",
     "metadata",
     "trace",
