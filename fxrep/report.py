@@ -19,7 +19,7 @@ SCHEMA = 1
 """Version of `Report.to_dict`: raised when a key goes or changes its meaning, not when one is added."""
 
 WIDTH = 110
-NOMINAL = "Predicted at nominal sizes (images of 224x224): give example_inputs for those of yours."
+NOMINAL = "Predicted at nominal sizes (images of 224x224): no example_inputs tell others."
 NAMES_SHOWN = 3
 ROWS_BEFORE_FOLDING = 20
 ROWS_WHEN_FOLDED = 12
