@@ -28,6 +28,7 @@ PASSES: tuple[dict[str, Any], ...] = (
     {"engines": ("eager", "frozen"), "forms": FORMS, "batch": 1},
     {"engines": ("onnxruntime", "openvino"), "forms": ("original", "fxrep"), "batch": 1},
     {"engines": ("eager",), "forms": FORMS, "batch": 32},
+    {"engines": ("compile", "channels_last"), "forms": FORMS, "batch": 1},
 )
 
 
