@@ -215,7 +215,7 @@ class _Interpreter:
         return self._is_view(node.name) or (bool(sources) and all(map(self._is_seen, sources)))
 
     def _is_seen(self, name: str) -> bool:
-        return name in self.seen or self._is_view(name)
+        return name in self.seen or (name in self.nodes and self._is_run(self.nodes[name]))
 
     def _is_view(self, name: str) -> bool:
         view = self.readings.facts.layouts.get(name)

@@ -153,6 +153,19 @@ class Moved(nn.Module):
         return self.norm(rows.transpose(1, 2)), torch.cat([rows.mul(-2), rows], 1)
 
 
+class MovedTwice(Moved):
+    """The same behind two such layers, of which something reads the first too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.other = nn.Linear(1, 1, bias=False)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        first = self.linear(x.relu().transpose(1, 2))
+        rows = self.other(first)
+        return self.norm(rows.transpose(1, 2)), torch.cat([rows.mul(-2), rows], 1), torch.cat([first, first.tanh()], 1)
+
+
 class Averaged(nn.Module):
     """An average, less itself under a batch norm, of a convolution that reflects a border."""
 
@@ -207,7 +220,8 @@ class Dropped(nn.Module):
 
 #: by name: the network, the size of its input, and whether it is told
 CERTIFIED = {
-    "moved": (Moved, (2, 1, 16), True), "averaged": (Averaged, (2, 1, 9, 12), False),
+    "moved": (Moved, (2, 1, 16), True), "moved twice": (MovedTwice, (2, 1, 16), True),
+    "averaged": (Averaged, (2, 1, 9, 12), False),
     "stacked": (Stacked, (2, 3, 5, 6), False), "tiny": (Tiny, (2, 3, 1, 1), True),
     "dropped": (Dropped, (2, 3, 5, 6), False),
 }  # fmt: skip
