@@ -51,7 +51,7 @@ def evaluated(model: nn.Module) -> Callable[[tuple[int, ...]], tuple[int, ...]]:
     result = next(iter(traced.graph.find_nodes(op="output"))).args[0]
     shape = shapes.full(shapes.of[result.name])
     assert shape.root is None
-    return lambda size: tuple(shapes.evaluate(d, lambda a: size[a.index] if a.root == "x" else -1) for d in shape.tail)
+    return lambda size: tuple(shapes.evaluate(d, lambda a: size[a.place] if a.root == "x" else -1) for d in shape.tail)
 
 
 @pytest.mark.parametrize("op", OPS.values(), ids=OPS)
