@@ -22,8 +22,8 @@ _INSIDE = ("torch.fx.", "torch.nn.parameter.", "torch.nn.modules.module.", "torc
 @contextmanager
 def asked() -> Iterator[None]:
     """While it is entered, `max` and `min` of proxies are recorded, and `isinstance` and `hasattr` see their values."""
-    before = {name: getattr(builtins, name) for name in ("max", "min", "isinstance", "hasattr")}
     changed = {"max": _recording(max), "min": _recording(min), "isinstance": _isinstance, "hasattr": _hasattr}
+    before = {name: getattr(builtins, name) for name in changed}
     for name, function in changed.items():
         setattr(builtins, name, function)
     try:

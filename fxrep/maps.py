@@ -54,12 +54,12 @@ class Along(NamedTuple):
         return (size + net - self.span - 1) // self.stride + 1
 
 
-#: By spatial axis: the terms of a result, and with them all else that is run on the way, each once.
+#: By spatial axis: the terms of a result, and all that is run, the terms among it; each once.
 Read = tuple[tuple[tuple[Along, ...], tuple[Along, ...]], ...]
 
 
 class Maps:
-    """Draws values by name, for what is computed by `emits`, of which `last` give the result, in place of `replaced`.
+    """Draws values by name, for what is computed by `emits`, `last` of them giving the result, in place of `replaced`.
 
     `node_of` names the node of the graph that has the size of a source.
     """
@@ -76,9 +76,7 @@ class Maps:
             for a, term in form.terms if isinstance(term, AffineConv) and term.dims == dims
         ]  # fmt: skip
         shapes = readings.facts.shapes
-        self.read: Read = tuple(
-            (_along(terms, i, dims, shapes), _along(terms + run, i, dims, shapes)) for i in range(dims)
-        )
+        self.read: Read = tuple((_along(terms, i, dims, shapes), _along(run, i, dims, shapes)) for i in range(dims))
         whole = [(e.anchor.source, e.operator) for e in emits if e.operator and e.anchor.rows is None]
         self.channels = {source: operator.in_channels for source, operator in reversed(whole)}
 

@@ -6,7 +6,7 @@ import dis
 import inspect
 import operator
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from types import CodeType, FrameType
+from types import FrameType
 from typing import Any
 
 import torch
@@ -47,7 +47,8 @@ class Attribute(fx.proxy.Attribute, Proxy):
 
 def _only_way(frame: FrameType) -> bool | None:
     """The truth value with which the branch that the frame stands at does not raise, if with the other it must."""
-    code = list(dis.get_instructions(frame.f_code))
+    function = dis.Bytecode(frame.f_code)
+    code = list(function)
     place = {instruction.offset: i for i, instruction in enumerate(code)}
     at = place.get(frame.f_lasti)
     if at is not None and code[at].opname == "TO_BOOL":  # Python 3.13 asks for the truth in an instruction of its own
@@ -55,7 +56,7 @@ def _only_way(frame: FrameType) -> bool | None:
     if at is None or not code[at].opname.startswith("POP_JUMP") or not code[at].opname.endswith(("_TRUE", "_FALSE")):
         return None
     jumps_if = code[at].opname.endswith("_TRUE")
-    caught = _caught(frame.f_code, code, place)
+    caught = _caught(function, code, place)
     next_raises, target_raises = (_raises(code, place, caught, start) for start in (at + 1, place[code[at].argval]))
     if next_raises == target_raises:
         return None
@@ -83,9 +84,9 @@ def _raises(code: Sequence[dis.Instruction], place: Mapping[int, int], caught: C
     return True
 
 
-def _caught(function: CodeType, code: Sequence[dis.Instruction], place: Mapping[int, int]) -> set[int]:
+def _caught(function: dis.Bytecode, code: Sequence[dis.Instruction], place: Mapping[int, int]) -> set[int]:
     """The instructions of which an `except` or `finally` of the same function sees what they raise."""
-    known = getattr(dis.Bytecode(function), "exception_entries", None)
+    known = getattr(function, "exception_entries", None)
     if known is None:  # before Python 3.11
         spans = [(i.offset, i.argval) for i in code if i.opname == "SETUP_FINALLY"]
     else:

@@ -73,7 +73,7 @@ def _finished(
     for node in graph.nodes:
         if isinstance(node.type, str):  # a postponed annotation, which fx would write into its code as it stands
             node.type = None
-        for known in (VALUE, IS_CONSTANT, KIND):  # numbers of the model, which a copied node would keep
+        for known in (VALUE, IS_CONSTANT, KIND):  # for tracing alone; some are numbers of the model
             node.meta.pop(known, None)
     called = {str(n.target) for n in graph.nodes if n.op == "call_module"}
     inside = {name: reason for name, reason in kept.items() if name in called}

@@ -8,7 +8,7 @@ import re
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
@@ -178,9 +178,13 @@ class Tracer(Recorder):
 
     def kind(self, proxy: fx.Proxy) -> type:
         """The type of the value that a proxy stands for. Raises TraceError where it is not known."""
+        found: type = self._noting(self._known_kind, proxy)
+        return found
+
+    def _known_kind(self, proxy: fx.Proxy) -> type:
         found = kind_of(proxy.node, self.modules)
         if found is None:
-            return cast(type, self._noting(_not_known, proxy))
+            raise fx.proxy.TraceError(f"it asks for the type of {proxy.node.name}, which is known only when it runs")
         return found
 
     def to_bool(self, obj: fx.Proxy) -> bool:
@@ -312,10 +316,6 @@ class Tracer(Recorder):
 
     def _assert(self, relation: Callable[[Any, Any], bool], arg: fx.Proxy, other: Any, message: str) -> None:
         torch._assert(self.create_proxy("call_function", relation, (arg, other), {}), message)
-
-
-def _not_known(proxy: fx.Proxy) -> None:
-    raise fx.proxy.TraceError(f"it asks for the type of {proxy.node.name}, which is known only when it runs")
 
 
 def _is_tensor(annotation: Any) -> bool:

@@ -107,7 +107,7 @@ def pooled_shape(at: Call, pool: Any = None) -> Shape:
     taps = each(size, dims)
     steps = taps if stride in (None, [], ()) else each(stride, dims)
     if ceil and any(s != 1 for s in steps):  # such a size has no closed form here: a size of its own, on known axes
-        return resized(at, x, [Size(Axis(at.node.name, i - dims)) for i in range(dims)])
+        return resized(at, x, own_sizes(at, dims))
     spans = [2 * p - d * (k - 1) for p, d, k in zip(each(padding, dims), each(dilation, dims), taps, strict=True)]
     return resized(
         at,
@@ -148,6 +148,11 @@ def known_size(at: Call, x: Node, index: int) -> Dim:
     if size is None:
         raise Illegal("shape-unknown", f"{x.name} has too few axes")
     return size
+
+
+def own_sizes(at: Call, dims: int) -> list[Dim]:
+    """Sizes of which nothing is known."""
+    return [Size(Axis(at.node.name, i - dims)) for i in range(dims)]
 
 
 def resized(at: Call, x: Node, spatial: list[Dim]) -> Shape:

@@ -12,9 +12,9 @@ from torch import nn
 from torch.fx import Node
 
 from fxrep.errors import Illegal
-from fxrep.readers.opaque import known_size, resized
+from fxrep.readers.opaque import known_size, own_sizes, resized
 from fxrep.readers.registry import Call, shape_rule
-from fxrep.shapes import Axis, Dim, Shape, Size, multiplied, shifted
+from fxrep.shapes import Dim, Shape, Size, multiplied, shifted
 
 
 @shape_rule(nn.Upsample, F.interpolate)
@@ -31,8 +31,9 @@ def interpolated_shape(at: Call, module: Any = None) -> Shape:
     dims = at.rank(x) - 2
     asked = _for_each(factor if size is None else size, dims)
     spatial = [n if size is not None else _scaled(at.dim(x, i - dims), n) for i, n in enumerate(asked)]
-    own = [Size(Axis(at.node.name, i - dims)) for i in range(dims)]
-    return resized(at, x, [n if isinstance(n, (int, Size)) else own[i] for i, n in enumerate(spatial)])
+    return resized(at, x, [
+        n if isinstance(n, (int, Size)) else own for n, own in zip(spatial, own_sizes(at, dims), strict=True)
+    ])  # fmt: skip
 
 
 def _for_each(value: Any, dims: int) -> list[Any]:
