@@ -6,7 +6,6 @@ Padding and output sizes are kept per side and may be negative (a crop).
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from math import gcd, prod
 
 import torch
@@ -14,13 +13,13 @@ import torch
 from fxrep import kernel as K
 from fxrep.equal import same_vector
 from fxrep.errors import Illegal
-from fxrep.frozen import replace
+from fxrep.frozen import frozen, replace
 from fxrep.kernel import Kernel
 
 Ints = tuple[int, ...]
 
 
-@dataclass(frozen=True, eq=False)
+@frozen(eq=False)
 class AffineConv:
     """y = W ⊛ pad(x) + b on maps with `dims` spatial axes after the channel axis.
 

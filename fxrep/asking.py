@@ -17,6 +17,11 @@ from torch import fx
 _is, _has = builtins.isinstance, builtins.hasattr
 #: Modules that ask about proxies as such.
 _INSIDE = ("torch.fx.", "torch.nn.parameter.", "torch.nn.modules.module.", "torch.utils.", "torch.overrides.", "fxrep.")
+#: Those of them that ask most often: they keep Python's own functions, so that it costs them nothing.
+_OFTEN = """
+    torch.fx.graph torch.fx.node torch.fx.proxy torch.fx._symbolic_trace torch.overrides torch.utils._pytree
+    torch.nn.modules.module torch.nn.parameter fxrep.tracer fxrep.proxies fxrep.readers.registry fxrep.readers.walk
+"""
 
 
 @contextmanager
@@ -26,9 +31,14 @@ def asked() -> Iterator[None]:
     before = {name: getattr(builtins, name) for name in changed}
     for name, function in changed.items():
         setattr(builtins, name, function)
+    inside = [vars(sys.modules[name]) for name in _OFTEN.split()]
+    for names in inside:
+        names.update(isinstance=_is, hasattr=_has)  # a module's own names go before the builtins
     try:
         yield
     finally:
+        for names in inside:
+            names.pop("isinstance", None), names.pop("hasattr", None)
         for name, function in before.items():
             setattr(builtins, name, function)
 

@@ -7,7 +7,6 @@ with its own sum; a term is an `AffineConv`, or a `Gain`, the scalar multiple of
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from itertools import pairwise
 from operator import is_
 
@@ -15,7 +14,7 @@ from fxrep import affine
 from fxrep import kernel as K
 from fxrep.affine import AffineConv, Ints
 from fxrep.errors import Illegal
-from fxrep.frozen import lazily, replace
+from fxrep.frozen import frozen, lazily, replace
 from fxrep.kernel import Kernel
 from fxrep.parts import (
     ONE,
@@ -37,7 +36,7 @@ from fxrep.parts import (
 )  # fmt: skip
 
 
-@dataclass(frozen=True, eq=False)
+@frozen(eq=False)
 class AffineForm:
     """y = stack_p(Σ_a A_pa(a) + b_p).
 

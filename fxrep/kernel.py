@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import fields
 from functools import cache
 from itertools import product
 from typing import Any
@@ -17,12 +17,12 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from fxrep.frozen import lazily
+from fxrep.frozen import frozen, lazily
 
 Shape = tuple[int, ...]
 
 
-@dataclass(frozen=True, eq=False)
+@frozen(eq=False)
 class Kernel:
     """A node of the expression. `operands` are the kernels among its fields; `_compute` turns their numbers into its
     own."""
@@ -58,7 +58,7 @@ def is_plain(tensor: Tensor) -> bool:
     return tensor.layout is torch.strided and not tensor.is_quantized and not is_traceable_wrapper_subclass(tensor)
 
 
-@dataclass(frozen=True, eq=False)
+@frozen(eq=False)
 class Leaf(Kernel):
     """A parameter, buffer or constant of the model. `axes` permutes the stored tensor into kernel layout."""
 
@@ -72,14 +72,14 @@ class Leaf(Kernel):
         return Leaf(shape, tensor, axes)
 
 
-@dataclass(frozen=True, eq=False)
+@frozen(eq=False)
 class Constant(Kernel):
     """The number `value` everywhere."""
 
     value: float
 
 
-@dataclass(frozen=True, eq=False)
+@frozen(eq=False)
 class Map(Kernel):
     """`function(*operands)`, for what parameters are computed from: γ/σ, a standardised weight, a reshape."""
 
@@ -90,7 +90,7 @@ class Map(Kernel):
         return self.function(*values).reshape(self.shape)
 
 
-@dataclass(frozen=True, eq=False)
+@frozen(eq=False)
 class Several(Map):
     """A `function(*operands)` that gives several tensors: what a chunk of a parameter is, until one piece is taken."""
 
@@ -98,7 +98,7 @@ class Several(Map):
         return self.function(*values)
 
 
-@dataclass(frozen=True, eq=False)
+@frozen(eq=False)
 class Dirac(Kernel):
     """The identity of a depthwise one-tap operator, or with fewer groups its denser form: W[c, c mod I/g] = 1."""
 
@@ -110,7 +110,7 @@ class Dirac(Kernel):
         return eye[:rows]
 
 
-@dataclass(frozen=True, eq=False)
+@frozen(eq=False)
 class ScaleRows(Kernel):
     """diag(v)·W, for v of shape (O,) or ()."""
 
@@ -122,7 +122,7 @@ class ScaleRows(Kernel):
         return weight * over_rows(gain, weight.ndim)
 
 
-@dataclass(frozen=True, eq=False)
+@frozen(eq=False)
 class ScaleColumns(Kernel):
     """W·diag(v), for v of shape (I,): with groups each row meets the slice of v that its group reads."""
 
@@ -136,7 +136,7 @@ class ScaleColumns(Kernel):
         return weight * per_row.reshape(per_row.shape + (1,) * (weight.ndim - 2))
 
 
-@dataclass(frozen=True, eq=False)
+@frozen(eq=False)
 class Place(Kernel):
     """W laid into a larger window of taps: tap t goes to offset + step·t; everything else is zero (enlarge, dilate)."""
 
@@ -156,7 +156,7 @@ class Place(Kernel):
         return window[(slice(None), slice(None), *(slice(o, o + s * (k - 1) + 1, s) for o, s, k in taps))]
 
 
-@dataclass(frozen=True, eq=False)
+@frozen(eq=False)
 class Regroup(Kernel):
     """The same operator written with fewer groups: each row's columns are placed where its old group sat."""
 
@@ -174,7 +174,7 @@ class Regroup(Kernel):
         return wide.reshape(self.shape)
 
 
-@dataclass(frozen=True, eq=False)
+@frozen(eq=False)
 class Sum(Kernel):
     """Σ terms, all of one shape (scalars broadcast)."""
 
@@ -187,7 +187,7 @@ class Sum(Kernel):
         return total
 
 
-@dataclass(frozen=True, eq=False)
+@frozen(eq=False)
 class Compose(Kernel):
     """W[o,i,u] = Σ_{c, step₁t₁ + step₂t₂ = u} W₂[o,c,t₂]·W₁[c,i,t₁], both with `groups` groups."""
 
@@ -212,7 +212,7 @@ class Compose(Kernel):
         return result.reshape(self.shape)
 
 
-@dataclass(frozen=True, eq=False)
+@frozen(eq=False)
 class Contract(Kernel):
     """(Σ_{c,t} W[o,c,t]·v[c])_o: what an operator makes of a constant map."""
 
@@ -227,7 +227,7 @@ class Contract(Kernel):
         return torch.bmm(grouped, vector.reshape(self.groups, -1, 1)).reshape(self.shape)
 
 
-@dataclass(frozen=True, eq=False)
+@frozen(eq=False)
 class StackRows(Kernel):
     """Parts one above the other: the weight of a concatenation of outputs."""
 
@@ -237,7 +237,7 @@ class StackRows(Kernel):
         return torch.cat(values)
 
 
-@dataclass(frozen=True, eq=False)
+@frozen(eq=False)
 class TakeRows(Kernel):
     """The rows `index` of a weight or vector, in that order: slice, chunk, permute."""
 
@@ -248,7 +248,7 @@ class TakeRows(Kernel):
         return values[0][torch.tensor(self.index, device=values[0].device)]
 
 
-@dataclass(frozen=True, eq=False)
+@frozen(eq=False)
 class TakeColumns(Kernel):
     """The columns [start, stop) of an ungrouped weight: one part of a convolution over a concatenation."""
 
@@ -260,7 +260,7 @@ class TakeColumns(Kernel):
         return values[0][:, self.start : self.stop]
 
 
-@dataclass(frozen=True, eq=False)
+@frozen(eq=False)
 class PlaceColumns(Kernel):
     """An ungrouped weight over more input channels: its columns at `index`, zero elsewhere."""
 

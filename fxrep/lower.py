@@ -4,7 +4,6 @@ but one thing: whether parts on one anchor are stacked into one operator or stay
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from math import prod
 
 from fxrep import form as forms
@@ -13,12 +12,12 @@ from fxrep.affine import AffineConv, diagonal_of
 from fxrep.errors import Illegal
 from fxrep.evaluation import has_zeros
 from fxrep.form import AffineForm
-from fxrep.frozen import lazily, replace
+from fxrep.frozen import frozen, lazily, replace
 from fxrep.kernel import Kernel
 from fxrep.parts import Anchor, Gain, Part, Term
 
 
-@dataclass(frozen=True, eq=False)
+@frozen(eq=False)
 class Emit:
     """One term to compute: a convolution, a scale (a `gain` and perhaps a `bias`), or the anchor as it is."""
 
@@ -86,7 +85,7 @@ class Emit:
         return 1 + needs_explicit_pad(self.operator)
 
 
-@dataclass(frozen=True, eq=False)
+@frozen(eq=False)
 class Recipe:
     """How a value is computed from its anchors: the sum of the terms of each part, the parts concatenated."""
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import field
 from itertools import pairwise
 from math import prod
 
@@ -11,11 +11,11 @@ from fxrep import affine, composition
 from fxrep import kernel as K
 from fxrep.affine import AffineConv, Ints
 from fxrep.errors import Illegal
-from fxrep.frozen import replace
+from fxrep.frozen import frozen, replace
 from fxrep.kernel import Kernel
 
 
-@dataclass(frozen=True)
+@frozen()
 class Anchor:
     """A computed value, or the channels `rows` of it (None: all of them, in order).
 
@@ -51,7 +51,7 @@ class Anchor:
         return Anchor(self.source, None if whole else rows, width=None if whole else self.width)
 
 
-@dataclass(frozen=True, eq=False)
+@frozen(eq=False)
 class Gain:
     """x ↦ factor·x, whatever the layout of x is; `factor` has the shape ()."""
 
@@ -66,7 +66,7 @@ Term = AffineConv | Gain
 ONE = Gain(K.Constant((), 1.0))
 
 
-@dataclass(frozen=True, eq=False)
+@frozen(eq=False)
 class Part:
     """Σ terms + bias on a contiguous range of channels. Terms carry no biases of their own; None is zero."""
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import field, replace
 from typing import Any
 
 import torch
@@ -13,7 +13,7 @@ from fxrep import kernel as K
 from fxrep.equal import Equal
 from fxrep.errors import FxrepError
 from fxrep.evaluation import Doubles
-from fxrep.frozen import arguments
+from fxrep.frozen import arguments, frozen
 from fxrep.kernel import Kernel
 from fxrep.rows import blocks
 from fxrep.snapshot import CONSTANT
@@ -22,14 +22,14 @@ from fxrep.trees import buffers, first_names, joined, named_modules, on_meta, ow
 DRAFT = "_fxrep_draft"  # where a collapsed module holds its folds until it is known what their leaves are called
 
 
-@dataclass(frozen=True, eq=False)
+@frozen(eq=False)
 class Named(K.Leaf):
     """A leaf that stands for the tensor `name` of whatever model is folded."""
 
     name: str = ""
 
 
-@dataclass(frozen=True)
+@frozen()
 class Fold:
     """One tensor of a collapsed model: a kernel, and `groups` if it is stored columns first (a transposed layer's)."""
 
@@ -53,7 +53,7 @@ def columns_first(weight: Tensor, groups: int) -> Tensor:
     return weight.reshape(groups, rows // groups, columns, *taps).transpose(1, 2).flatten(0, 1).contiguous()
 
 
-@dataclass(frozen=True)
+@frozen()
 class Draft:
     """The folds of one graph by the names of their targets, what had to be equal for them, and constant indices."""
 
@@ -62,7 +62,7 @@ class Draft:
     indices: Sequence[Tensor]
 
 
-@dataclass(frozen=True)
+@frozen()
 class FoldPlan:
     """How each tensor of a collapsed model comes from those of its original; `print(plan)` shows the map of keys."""
 
@@ -195,7 +195,7 @@ def refold(collapsed: nn.Module, model: nn.Module) -> None:
     plan.refold(collapsed, model)
 
 
-@dataclass(frozen=True)
+@frozen()
 class Architecture:
     """What another model must have in common with the one that was collapsed."""
 

@@ -11,6 +11,8 @@ from dataclasses import dataclass, field
 from math import prod
 from typing import NamedTuple
 
+from fxrep.frozen import frozen
+
 
 class Axis(NamedTuple):
     """Axis `place` (counted from the end, negative) of the value `root`, of unknown size."""
@@ -19,14 +21,14 @@ class Axis(NamedTuple):
     place: int
 
 
-@dataclass(frozen=True)
+@frozen()
 class Product:
     """The product of sizes: flattened axes, or a size times a factor."""
 
     sizes: tuple[Dim, ...]
 
 
-@dataclass(frozen=True)
+@frozen()
 class Size:
     """floor((base + add) / divide)."""
 
@@ -38,7 +40,7 @@ class Size:
 Dim = int | Size
 
 
-@dataclass(frozen=True)
+@frozen()
 class Shape:
     """The axes `tail` at the end; before them, the axes of `root` as they are (root None: there are none)."""
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from itertools import count
 from math import fsum
 
@@ -12,7 +11,7 @@ from fxrep.cost import Aim
 from fxrep.equal import Equal
 from fxrep.errors import Refusal
 from fxrep.form import AffineForm
-from fxrep.frozen import lazily, replace
+from fxrep.frozen import frozen, lazily, replace
 from fxrep.lower import Emit, Recipe
 from fxrep.parts import ONE, Anchor, Gain, Part, Term, keep_apart
 from fxrep.plan import Decision, Plan, Problem
@@ -20,7 +19,7 @@ from fxrep.pricing import Effort, Job, Pricer, Sizes, numbers_behind
 from fxrep.shapes import Shape
 
 
-@dataclass(frozen=True)
+@frozen()
 class Candidate:
     """A recipe for a node with `absorbed` inlined, of which `gone` need not be computed any more."""
 

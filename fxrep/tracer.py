@@ -102,6 +102,14 @@ class Recorder(fx.Tracer):
     #: the parameters and buffers of the root by name, before their reading is recorded
     tensors: Mapping[str, Tensor] = {}
 
+    def create_node(self, kind: str, target: Any, args: Any, kwargs: Any, *rest: Any, **options: Any) -> fx.Node:
+        """With its arguments set afterwards: given at once, fx searches them for sizes that only Dynamo traces."""
+        node = super().create_node(kind, target, (), {}, *rest, **options)
+        node.args = args
+        if kwargs:
+            node.kwargs = kwargs
+        return node
+
     def proxy(self, node: fx.Node) -> Proxy:
         if node.op == "get_attr" and str(node.target) in self.tensors:
             node.meta[VALUE] = self.tensors[str(node.target)]
