@@ -32,21 +32,37 @@ class Contracting(Doubles):
 
     def __init__(self) -> None:
         super().__init__()
-        self._contracted: dict[int, tuple[Tensor, list[Tensor]]] = {}
+        self._contractions: dict[int, _Contraction] = {}
 
     def rows(self, tensor: Tensor, start: int, stop: int) -> Tensor:
         rows = super().rows(tensor, start, stop)
         if rows.ndim > 1 and rows.device.type == "cpu":
-            found = self._contracted.setdefault(id(tensor), (tensor, []))[1]
-            if start == sum(map(len, found)):  # not read already
-                found.append(_contract_rows(rows.reshape(*rows.shape[:2], -1), channel_numbers(rows.shape[1])))
+            if id(tensor) not in self._contractions:
+                self._contractions[id(tensor)] = _Contraction(tensor)
+            self._contractions[id(tensor)].add(rows, start)
         return rows
 
     def contracted(self, weight: Tensor, channels: Tensor) -> Tensor | None:
         """W·a as (O, K), if all rows of W were read and a is what they were contracted with."""
-        found = self._contracted.get(id(weight), (weight, []))[1]
-        is_known = sum(map(len, found)) == len(weight) and channels is channel_numbers(weight.shape[1])
-        return torch.cat(found) if is_known else None
+        found = self._contractions.get(id(weight))
+        return found.result if found and found.is_whole and channels is found.channels else None
+
+
+class _Contraction:
+    """W·a (O, K) of a weight that is read in order."""
+
+    def __init__(self, weight: Tensor) -> None:
+        self.weight, self.channels, self.read = weight, channel_numbers(weight.shape[1]), 0
+        self.result = self.channels.new_empty(len(weight), prod(weight.shape[2:]))
+
+    @property
+    def is_whole(self) -> bool:
+        return self.read == len(self.result)
+
+    def add(self, rows: Tensor, start: int) -> None:
+        if start == self.read:  # and was not before
+            self.read += len(rows)
+            _contract_rows(rows, self.channels, self.result[start : self.read])
 
 
 class _Product(NamedTuple):
@@ -137,13 +153,16 @@ def _contract(weight: Tensor, channels: Tensor, groups: int) -> Tensor:
     out = channels.new_empty(len(weight), weight.shape[2])
     step = max(BLOCK // max(prod(weight.shape[1:]), 1), 1)
     for start in range(0, len(weight), step):
-        out[start : start + step] = _contract_rows(weight[start : start + step].double(), channels)
+        _contract_rows(weight[start : start + step].double(), channels, out[start : start + step])
     return out
 
 
-def _contract_rows(rows: Tensor, channels: Tensor) -> Tensor:
-    """rows (R, I, K), channels (I,) -> (R, K)."""
-    return torch.mv(rows.flatten(1), channels).unsqueeze(1) if rows.shape[2] == 1 else torch.matmul(channels, rows)
+def _contract_rows(rows: Tensor, channels: Tensor, out: Tensor) -> None:
+    """rows (R, I, *K), channels (I,) -> (R, K)."""
+    if out.shape[1] == 1:
+        torch.mv(rows.flatten(1), channels, out=out.view(-1))
+    else:
+        torch.matmul(channels, rows.flatten(2), out=out)
 
 
 def _scaled(one: Tensor, weight: Tensor, bias: Tensor | None, stride: tuple[int, ...]) -> Tensor:

@@ -99,8 +99,9 @@ def _folded_operator(
     sketch = torch.zeros((groups, *operator.weight.shape[1:]), dtype=torch.float64, device=like.device)
     for start, block in blocks(operator.weight, doubles):
         block = block.to(like.device)
-        weight[start : start + len(block)] = block
+        weight[start : start + len(block)].copy_(block)
         rows_sketched(block, start, channels, sketch)
+        del block  # its memory, which is in the cache, is that of the next
     summed = None if bias is None else sketched(bias, groups, -1, channels)
     if operator.transposed:
         weight, sketch = (columns_first(w, groups) for w in (weight, sketch))
