@@ -172,7 +172,8 @@ class _Interpreter:
         self.seen = self.sources | self.inside
         self.values: dict[str, Any] = {}
         self.runs: dict[str, bool] = {}
-        self.twins: dict[int, nn.Module] = {}
+        self.orders: dict[str, list[Node]] = {}
+        self.forwards: dict[int, Callable[..., Any]] = {}
 
     def restart(self, draw: Callable[[str], Tensor]) -> None:
         """Forgets the values, but those of constants."""
@@ -180,17 +181,24 @@ class _Interpreter:
         self.values = {n: v for n, v in self.values.items() if n in self.readings.facts.constants}
 
     def value(self, wanted: str) -> Any:
-        todo = [self.nodes[wanted]]
+        if wanted not in self.orders:
+            self.orders[wanted] = list(self._order(wanted))
+        for node in self.orders[wanted]:
+            if node.name not in self.values:
+                self.values[node.name] = self._run(node) if self._is_run(node) else self.draw(node.name)
+        return self.values[wanted]
+
+    def _order(self, wanted: str) -> Iterator[Node]:
+        """What a value is made from, operands first, and its own node."""
+        todo, done = [self.nodes[wanted]], set[Node]()
         while todo:
             node = todo[-1]
-            missing = [n for n in self._operands(node) if n.name not in self.values]
-            if node.name in self.values or not missing:
+            missing = [n for n in self._operands(node) if n not in done]
+            todo.extend(missing)
+            if not missing:
                 todo.pop()
-                if node.name not in self.values:
-                    self.values[node.name] = self._run(node) if self._is_run(node) else self.draw(node.name)
-            else:
-                todo.extend(missing)
-        return self.values[wanted]
+                yield node
+                done.add(node)
 
     def _operands(self, node: Node) -> list[Node]:
         return [] if node.name in self.readings.facts.constants or not self._is_run(node) else node.all_input_nodes
@@ -240,16 +248,25 @@ class _Interpreter:
 
     def _call(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The module's forward with its parameters and buffers in float64, without changing it."""
+        if id(module) not in self.forwards:
+            self.forwards[id(module)] = self._forward(module)
+        return self.forwards[id(module)](*args, **kwargs)
+
+    def _forward(self, module: nn.Module) -> Callable[..., Any]:
         if module._modules or "forward" in vars(module):
             tensors = [*module.named_parameters(), *module.named_buffers()]
             doubles = {n: self._double(t) for n, t in tensors}
-            with self.mode:
-                return torch.func.functional_call(module, doubles, args, kwargs)
-        if id(module) not in self.twins:
-            self.twins[id(module)] = self._twin(module)
+            return self._computed(lambda *args, **kwargs: torch.func.functional_call(module, doubles, args, kwargs))
         scales = all(t is None or t.ndim < 2 for t in module._parameters.values())
-        with nullcontext() if scales else self.mode:
-            return self.twins[id(module)].forward(*args, **kwargs)
+        forward = self._twin(module).forward
+        return forward if scales else self._computed(forward)
+
+    def _computed(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        def computed(*args: Any, **kwargs: Any) -> Any:
+            with self.mode:
+                return function(*args, **kwargs)
+
+        return computed
 
     def _twin(self, module: nn.Module) -> nn.Module:
         twin: nn.Module = object.__new__(type(module))

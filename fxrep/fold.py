@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from math import gcd
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
 from fxrep import kernel as K
 from fxrep.affine import AffineConv
@@ -155,23 +155,10 @@ def layer_of(folded: Folded) -> nn.Module:
     """The plain torch layer of a convolution or linear emit, in the dtype and on the device of what it replaces."""
     operator = folded.emit.operator
     assert operator is not None and folded.weight is not None
-    with _Uninitialised():
-        layer = empty_layer(operator)
+    layer = empty_layer(operator)
     layer.weight = _parameter(folded.weight, folded)
     layer.register_parameter("bias", None if folded.bias is None else _parameter(folded.bias, folded))
-    return layer.eval()
-
-
-class _Uninitialised(TorchFunctionMode):
-    """While it is entered, new layers are not filled with random numbers: that takes long even where none are made."""
-
-    def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
-    ) -> Any:
-        given = kwargs or {}
-        if getattr(func, "__module__", "") == nn.init.__name__:
-            return given["tensor"] if "tensor" in given else args[0]
-        return func(*args, **given)
+    return layer
 
 
 def _parameter(value: Tensor, folded: Folded) -> nn.Parameter:
@@ -187,7 +174,7 @@ def empty_layer(operator: AffineConv) -> nn.Module:
     bias = operator.bias is not None
     channels = operator.in_channels, operator.out_channels
     if not operator.dims:
-        return nn.Linear(*channels, bias=bias, device="meta")
+        return _uninitialised(nn.Linear, *channels, bias=bias)
     layer = CONV_LAYERS[operator.dims, operator.transposed]
     options: dict[str, Any] = {"stride": operator.stride, "dilation": operator.dilation, "groups": operator.groups}
     if operator.transposed:
@@ -198,7 +185,19 @@ def empty_layer(operator: AffineConv) -> nn.Module:
     else:
         options["padding"] = operator.pad_lo if operator.pad_lo == operator.pad_hi else "same"
         options["padding_mode"] = operator.mode if operator.pads else "zeros"
-    return layer(*channels, operator.taps, bias=bias, device="meta", **options)
+    return _uninitialised(layer, *channels, operator.taps, bias=bias, **options)
+
+
+def _uninitialised(kind: Any, *args: Any, **options: Any) -> nn.Module:
+    """A layer without numbers: to fill it with random ones takes as long as the rest, even where there is no memory."""
+    layer: nn.Module = _unfilled(kind)(*args, device="meta", **options)
+    layer.__class__ = kind
+    return layer
+
+
+@cache
+def _unfilled(kind: Any) -> Any:
+    return type(kind.__name__, (kind,), {"reset_parameters": lambda self: None})
 
 
 def run(recipe: Recipe, folded: Mapping[int, Folded], values: Callable[[Anchor], Tensor]) -> list[Tensor]:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Sequence
-from itertools import chain
+from functools import lru_cache
+from itertools import chain, count, repeat
 from typing import NamedTuple
 
 import torch
@@ -76,7 +77,7 @@ class Maps:
             for a, term in form.terms if isinstance(term, AffineConv) and term.dims == dims
         ]  # fmt: skip
         shapes = readings.facts.shapes
-        self.read: Read = tuple((_along(terms, i, dims, shapes), _along(run, i, dims, shapes)) for i in range(dims))
+        self.read: Read = tuple(zip(_along(terms, dims, shapes), _along(run, dims, shapes), strict=True))
         whole = [(e.anchor.source, e.operator) for e in emits if e.operator and e.anchor.rows is None]
         self.channels = {source: operator.in_channels for source, operator in reversed(whole)}
 
@@ -86,17 +87,14 @@ class Maps:
         Each is a number per channel, the same at every size, times one map, so that convolutions of it cost little.
         """
         known, dims = self.readings.facts.shapes, self.dims
-        sizes = self._sizes(extra)
-        generator = torch.Generator().manual_seed(SEED + extra)
+        sizes, seeds = self._sizes(extra), count(SEED + extra, 2)
 
         def draw(name: str) -> Tensor:
             shape = _concrete(
-                known.full(known.of[name]), self.readings, lambda a: sizes.get(a, 2 - extra), dims,
-                self.channels.get(name, 3),
-            )  # fmt: skip
-            one = (*shape[: -dims - 1], 1, *shape[len(shape) - dims :])
-            values = torch.randn(one, generator=generator, dtype=torch.float64).to(device)
-            return mode.product(channel_numbers(shape[-dims - 1]).to(device), values, -dims - 1)
+                known.of[name], known, lambda a: sizes.get(a, 2 - extra), dims, self.channels.get(name, 3)
+            )
+            one = _noise((*shape[: -dims - 1], 1, *shape[len(shape) - dims :]), next(seeds)).to(device)
+            return mode.product(channel_numbers(shape[-dims - 1]).to(device), one, -dims - 1)
 
         return draw
 
@@ -107,18 +105,26 @@ class Maps:
         return drawn[key]
 
 
-def _along(read: Iterable[tuple[str, AffineConv | None]], i: int, dims: int, known: Shapes) -> tuple[Along, ...]:
-    """What is read along the spatial axis `i`, and how."""
-    found: dict[Along, None] = {}
-    for source, op in read:
-        dim = known.dim(known.of[source], i - dims)
-        found[Along(dim) if op is None else Along(dim, *_geometry(op, i))] = None
-    return tuple(found)
+@lru_cache(maxsize=32)
+def _noise(shape: tuple[int, ...], seed: int) -> Tensor:
+    """Drawn once for regions that are alike; nobody writes to it."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(shape, generator=generator, dtype=torch.float64, device="cpu")
 
 
-def _geometry(op: AffineConv, i: int) -> tuple[int, int, int, int, bool, bool]:
-    span = op.dilation[i] * (op.taps[i] - 1)
-    return op.pad_lo[i], op.pad_hi[i], span, op.stride[i], op.transposed, op.mode != "zeros"
+def _along(read: Iterable[tuple[str, AffineConv | None]], dims: int, known: Shapes) -> list[tuple[Along, ...]]:
+    """By spatial axis: what is read along it, and how."""
+    found = dict.fromkeys((source, None if op is None else _geometry(op)) for source, op in read)
+    return [
+        tuple(dict.fromkeys(Along(known.dim(known.of[s], i - dims), *(how[i] if how else ())) for s, how in found))
+        for i in range(dims)
+    ]
+
+
+def _geometry(op: AffineConv) -> tuple[tuple[int, int, int, int, bool, bool], ...]:
+    """By spatial axis, what `Along` tells of an operator."""
+    kind = repeat(op.transposed), repeat(op.mode != "zeros")
+    return tuple(zip(op.pad_lo, op.pad_hi, op.span, op.stride, *kind, strict=False))
 
 
 def _axis_sizes(read: Read, known: Shapes, extra: int) -> dict[Axis, int]:
@@ -171,10 +177,7 @@ def _enlarge(sizes: dict[Axis, int], dim: Dim, enough: int, known: Shapes) -> No
             )  # fmt: skip
 
 
-def _concrete(
-    shape: Shape, readings: Readings, size: Callable[[Axis], int], dims: int, channels: int
-) -> tuple[int, ...]:
-    known = readings.facts.shapes
+def _concrete(shape: Shape, known: Shapes, size: Callable[[Axis], int], dims: int, channels: int) -> tuple[int, ...]:
     rank = known.rank(shape) or max(known.least_rank(shape), dims + 1) + 1
     numbers = []
     for i in range(-rank, 0):
