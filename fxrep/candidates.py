@@ -220,9 +220,9 @@ class Candidates:
         A term is one: its sum is.
         """
         read = (self.state.recipes.get(source) for source in recipe.form.sources)
-        scales = (e for e in recipe.emits if not (e.is_pass or e.is_pad))
         return (
-            node in self.state.hosts
-            or not any(scales)
+            recipe.convolutions > 0
+            or node in self.state.hosts
+            or all(e.is_pass or e.is_pad for e in recipe.emits)
             or any(r is not None and _has_floats(r) for r in (recipe, *read))
         )

@@ -76,9 +76,10 @@ class Part:
 
     @property
     def channels(self) -> int | None:
-        known = [t.out_channels for t in self.terms.values() if isinstance(t, AffineConv)]
-        known += [self.bias.shape[0]] if self.bias is not None and self.bias.shape else []
-        return known[0] if known else self.width
+        for term in self.terms.values():
+            if isinstance(term, AffineConv):
+                return term.out_channels
+        return self.bias.shape[0] if self.bias is not None and self.bias.shape else self.width
 
 
 Join = Callable[[dict[Anchor, "Term"], Anchor, "Term"], None]
@@ -96,6 +97,9 @@ def merge_where(accepted: Callable[[Term, Term, Term], bool]) -> Join:
 
     def join(terms: dict[Anchor, Term], anchor: Anchor, term: Term) -> None:
         apart = [(a, terms.pop(a)) for a in tuple(terms) if a.source == anchor.source]
+        if not apart:
+            terms[anchor.unslotted] = term
+            return
         todo = [(anchor, term)]
         while todo:
             new = todo.pop()

@@ -67,7 +67,7 @@ class Effort(NamedTuple):
         return ", ".join(f"{a:,.0f} {name} (apart {b:,.0f})" for a, b, name in self._more(other))
 
     def exceeds(self, other: Effort) -> bool:
-        return any(True for _ in self._more(other))
+        return any(own > most * (1 + ROUNDING) for own, most in zip(self, other, strict=True))
 
     def _more(self, other: Effort) -> Iterator[tuple[float, float, str]]:
         names = "layers", "additions", "multiply-adds", "weights"

@@ -79,8 +79,10 @@ class _Search(Candidates):
     def spread(self, node: str) -> set[str]:
         """Inlines a value without layers into all that read it at once, where only that pays."""
         state = self.state
+        if node in state.removed or node in self.problem.fixed or state.recipes[node].convolutions:
+            return set()
         readers = self._readers_through_views(node)
-        if len(readers) < 2 or node in state.removed or node in self.problem.fixed or state.recipes[node].convolutions:
+        if len(readers) < 2:
             return set()
         chosen: dict[str, Candidate] = {}
         for reader in readers:
