@@ -80,7 +80,8 @@ class Candidates:
         gone: set[str] = set()
         blocked, frontier, stuck = set(avoided), set(start), ""
         while len(absorbed) < MOST_STEPS:
-            open_ = [s for s in form.sources if s in frontier - blocked and self.may_absorb(s, node, gone)]
+            near = [s for s in form.sources if s in frontier and s not in blocked]
+            open_ = [s for s in near if self.may_absorb(s, node, gone)]
             if not open_:
                 break
             anchor = max(open_, key=state.order.__getitem__)
@@ -102,8 +103,7 @@ class Candidates:
                 stuck = stuck or anchor
                 continue
             stuck = ""
-            price = partial(state.cost, node, recipe)  # most start no fewer operators, and nobody asks
-            yield Candidate(recipe, tuple(absorbed), frozenset(gone), price, (*equal, *noted))
+            yield Candidate(recipe, tuple(absorbed), frozenset(gone), (*equal, *noted))
         if stuck and len(avoided) < MOST_DETOURS:
             yield from self._cone(node, start, avoided | {stuck})
 
@@ -177,7 +177,8 @@ class Candidates:
             self.refuse(node, code, f"{anchor} must be computed for itself: {reason}")
 
     def decline(self, node: str, candidate: Candidate, extra: float) -> None:
-        whole, apart = candidate.cost, candidate.cost - extra
+        whole = self.state.cost(node, candidate.recipe)
+        apart = whole - extra
         told = self.state.pricer.aim.told(whole, apart)
         self.refuse(node, "costs-more", f"as one {candidate.recipe.describe()} {told}")
 

@@ -4,6 +4,7 @@ but one thing: whether parts on one anchor are stacked into one operator or stay
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from itertools import chain
 from math import prod
 
 from fxrep import form as forms
@@ -94,7 +95,7 @@ class Recipe:
 
     @lazily
     def emits(self) -> tuple[Emit, ...]:
-        return tuple(e for part in self.parts for e in part)
+        return self.parts[0] if len(self.parts) == 1 else tuple(chain(*self.parts))
 
     @property
     def dims(self) -> int | None:
@@ -105,9 +106,9 @@ class Recipe:
         """How many layers with a kernel it needs; an average pool is one."""
         return sum(e.operator is not None and not e.is_pad for e in self.emits)
 
-    @lazily
+    @property
     def additions(self) -> int:
-        return sum(len(part) - 1 for part in self.parts)
+        return len(self.emits) - len(self.parts)
 
     @property
     def shifts(self) -> int:
@@ -168,8 +169,8 @@ def _emits(part: Part, dims: int | None) -> tuple[Emit, ...]:
         raise Illegal("not-affine", "the value is a constant, computed from no input")
     emits = [_emit(anchor, term) for anchor, term in part.terms.items()]
     if part.bias is not None:
-        carrier = max(range(len(emits)), key=lambda i: (emits[i].operator is not None, emits[i].gain is not None))
-        emits[carrier] = _with_bias(emits[carrier], part.bias)
+        carrier = max(emits, key=lambda e: (e.operator is not None, e.gain is not None))
+        emits[emits.index(carrier)] = _with_bias(carrier, part.bias)
     return tuple(emits)
 
 
@@ -193,8 +194,8 @@ def _output_paddings(term: AffineConv) -> Iterator[tuple[int, int, int, int]]:
 
 def _with_bias(emit: Emit, bias: Kernel) -> Emit:
     if emit.operator is None:
-        return replace(emit, bias=bias)
-    return replace(emit, operator=replace(emit.operator, bias=K.spread(bias, emit.operator.out_channels)))
+        return Emit(emit.anchor, None, emit.gain, bias)
+    return Emit(emit.anchor, replace(emit.operator, bias=K.spread(bias, emit.operator.out_channels)))
 
 
 def needs_explicit_pad(operator: AffineConv) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from itertools import chain
 from math import prod
 from typing import NamedTuple
 
@@ -26,6 +27,7 @@ class Sizes:
     shapes: Shapes
     examples: dict[str, tuple[int, ...]]
     known: dict[tuple[int, int], tuple[Shape, tuple[int, ...]]] = field(default_factory=dict)
+    of_dims: dict[tuple[int, bool], tuple[Dim, int]] = field(default_factory=dict)
 
     def numbers(self, shape: Shape, least: int) -> tuple[int, ...]:
         """The shape in numbers, at least its last `least` axes and the batch."""
@@ -40,9 +42,12 @@ class Sizes:
         return tuple(self.number(d, i == 0) for i, d in enumerate(dims))
 
     def number(self, dim: Dim | None, is_batch: bool = False) -> int:
-        if dim is None:
-            return 1
-        return max(self.shapes.evaluate(dim, lambda axis: self._size_of(axis, is_batch)), 1)
+        if dim is None or isinstance(dim, int):
+            return max(dim or 1, 1)
+        key = id(dim), is_batch
+        if key not in self.of_dims:
+            self.of_dims[key] = dim, max(self.shapes.evaluate(dim, lambda axis: self._size_of(axis, is_batch)), 1)
+        return self.of_dims[key][1]
 
     def _size_of(self, axis: Axis, is_batch: bool) -> int:
         if axis.root in self.examples:
@@ -74,8 +79,18 @@ class Effort(NamedTuple):
         return (row for row in zip(self, other, names, strict=True) if row[0] > row[1] * (1 + ROUNDING))
 
 
+NO_EFFORT = Effort(0.0, 0.0, 0.0, 0.0)
+
+
 def total(efforts: Iterable[Effort]) -> Effort:
     return Effort(*map(sum, zip(*efforts, strict=True)))
+
+
+class Price(NamedTuple):
+    """What a recipe, or one emit of it, costs by what is to be made least, and what no plan may raise."""
+
+    cost: float
+    effort: Effort
 
 
 class Job(NamedTuple):
@@ -93,43 +108,52 @@ class Pricer:
     sizes: Sizes
     aim: Aim
     #: what is known of emits already, by the size of what they give
-    known: dict[tuple[int, tuple[int, ...]], tuple[Emit, list[Work]]] = field(default_factory=dict)
+    known: dict[tuple[int, tuple[int, ...]], tuple[Emit, list[Work], Price]] = field(default_factory=dict)
+    #: and of recipes, by the shape of what they give, and whether they are to be written
+    prices: dict[tuple[int, int, bool], tuple[Recipe, Shape, Price]] = field(default_factory=dict)
 
     def seconds(self, recipe: Recipe, out: Shape, of: Callable[[str], Shape]) -> float:
-        return sum(w.seconds(self.aim.profile) for w in self.works(recipe, out, of))
+        dims = recipe.dims or 0
+        result = self.sizes.numbers(out, dims + 1)
+        works = chain(*(self._term(e, dims, result, of)[1] for e in recipe.emits), _joining(recipe, result))
+        return sum(w.seconds(self.aim.profile) for w in works)
 
     def job(self, recipe: Recipe, out: Shape, of: Callable[[str], Shape]) -> Job:
         least = (recipe.dims or 0) + 1
         read = {source: self.sizes.numbers(of(source), least) for source in recipe.form.sources}
         return Job(recipe, self.sizes.numbers(out, least), read)
 
-    def cost(self, recipe: Recipe, out: Shape, of: Callable[[str], Shape]) -> float:
-        """By what is to be made least."""
-        return sum(map(self.aim.cost, self.works(recipe, out, of)))
-
-    def effort(self, recipe: Recipe, out: Shape, of: Callable[[str], Shape], written: bool) -> Effort:
+    def price(self, recipe: Recipe, out: Shape, of: Callable[[str], Shape], written: bool = True) -> Price:
         """`written` says that the recipe is to be written, in layers: what the model has as a pool is no layer."""
+        key = id(recipe), id(out), written
+        if key not in self.prices:
+            self.prices[key] = recipe, out, self._price(recipe, out, of, written)
+        return self.prices[key][2]
+
+    def _price(self, recipe: Recipe, out: Shape, of: Callable[[str], Shape], written: bool) -> Price:
         dims = recipe.dims or 0
         result = self.sizes.numbers(out, dims + 1)
-        layers = [e for e in recipe.emits if e.operator and e.stores and (written or not e.operator.averages)]
-        works = [w for e in layers for w in self._term(e, dims, result, of)]
-        weights = sum(w.weights for w in works)
-        return Effort(len(layers), recipe.additions + recipe.shifts, sum(w.macs for w in works), weights)
+        cost = layers = macs = weights = 0.0
+        for emit in recipe.emits:
+            own = self._term(emit, dims, result, of)[2]
+            cost += own.cost
+            if written or not (emit.operator and emit.operator.averages):
+                layers += own.effort.layers
+                macs += own.effort.macs
+                weights += own.effort.weights
+        cost += sum(map(self.aim.cost, _joining(recipe, result)))
+        return Price(cost, Effort(layers, recipe.additions + recipe.shifts, macs, weights))
 
-    def works(self, recipe: Recipe, out: Shape, of: Callable[[str], Shape]) -> list[Work]:
-        dims = recipe.dims or 0
-        result = self.sizes.numbers(out, dims + 1)
-        works = [w for e in recipe.emits for w in self._term(e, dims, result, of)]
-        written = float(prod(result))
-        works += [Work(elements=3 * written / len(recipe.parts), steps=1)] * recipe.additions
-        works += [Work(elements=2 * written, steps=1)] if len(recipe.parts) > 1 else []
-        return works
-
-    def _term(self, emit: Emit, dims: int, result: tuple[int, ...], of: Callable[[str], Shape]) -> list[Work]:
+    def _term(
+        self, emit: Emit, dims: int, result: tuple[int, ...], of: Callable[[str], Shape]
+    ) -> tuple[Emit, list[Work], Price]:
         key = id(emit), result
         if key not in self.known:
-            self.known[key] = emit, list(self._steps(emit, dims, result, of))
-        return self.known[key][1]
+            works, effort = list(self._steps(emit, dims, result, of)), NO_EFFORT
+            if emit.operator and emit.stores:
+                effort = Effort(1.0, 0.0, sum([w.macs for w in works]), sum([w.weights for w in works]))
+            self.known[key] = emit, works, Price(sum(map(self.aim.cost, works)), effort)
+        return self.known[key]
 
     def _steps(self, emit: Emit, dims: int, result: tuple[int, ...], of: Callable[[str], Shape]) -> Iterator[Work]:
         rows = emit.anchor.rows
@@ -145,6 +169,15 @@ class Pricer:
             yield Work(elements=2 * elements, steps=1)
             return
         yield from _convolution(emit.operator, elements, read, result)
+
+
+def _joining(recipe: Recipe, result: tuple[int, ...]) -> list[Work]:
+    """The additions of terms, and the concatenation of parts."""
+    if len(recipe.emits) == 1:
+        return []
+    written = float(prod(result))
+    works = [Work(elements=3 * written / len(recipe.parts), steps=1)] * recipe.additions
+    return works + ([Work(elements=2 * written, steps=1)] if len(recipe.parts) > 1 else [])
 
 
 def numbers_behind(form: AffineForm) -> int:

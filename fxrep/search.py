@@ -5,7 +5,6 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterable, Mapping
-from functools import partial
 from math import fsum
 
 from fxrep.candidates import Candidates
@@ -89,11 +88,12 @@ class _Search(Candidates):
             options = [c for c in self.candidates(reader) if node in c.absorbed and self.is_float(reader, c.recipe)]
             if not options:
                 return set()
-            chosen[reader] = min(options, key=lambda c: (c.cost, c.steps))
+            chosen[reader] = min(options, key=lambda c: (state.cost(reader, c.recipe), c.recipe.steps))
         replaced = {node, *readers, *(g for c in chosen.values() for g in c.gone)}
-        fewer = sum(state.recipes[r].steps for r in replaced) - sum(c.steps for c in chosen.values())
+        fewer = sum(state.recipes[r].steps for r in replaced) - sum(c.recipe.steps for c in chosen.values())
         effort = total(state.effort(r, c.recipe) for r, c in chosen.items())
-        dearer = _is_dearer((c.cost for c in chosen.values()), (state.costs[r] for r in replaced))
+        costs = (state.cost(r, c.recipe) for r, c in chosen.items())
+        dearer = _is_dearer(costs, (state.costs[r] for r in replaced))
         if fewer <= 0 or dearer or effort.exceeds(total(state.efforts[r] for r in replaced)):
             return set()
         if self._stores_more({r: c.recipe for r, c in chosen.items()}, replaced):
@@ -117,10 +117,8 @@ class _Search(Candidates):
         apart = total(state.efforts[n] for n in (node, pool, layer))
         if isinstance(recipe, Illegal) or state.effort(layer, recipe).exceeds(apart):
             return set()
-        candidate = Candidate(
-            recipe, (layer,), frozenset((layer,)), partial(state.cost, layer, recipe), (*noted, *equal)
-        )
-        dearer = _is_dearer((candidate.cost,), (state.costs[layer], state.costs[node]))
+        candidate = Candidate(recipe, (layer,), frozenset((layer,)), (*noted, *equal))
+        dearer = _is_dearer((state.cost(layer, recipe),), (state.costs[layer], state.costs[node]))
         if dearer or self._stores_more({node: recipe}, (layer,)):
             return set()
         self.withdraw(node)
@@ -178,19 +176,19 @@ class _Search(Candidates):
 
     def _best(self, node: str) -> Candidate | None:
         state = self.state
-        cost, steps = state.costs[node], state.recipes[node].steps
+        apart, steps = state.costs[node], state.recipes[node].steps
         best, margin = None, (0.0, 0)
         smaller: list[tuple[frozenset[str], Effort]] = []
         for candidate in self.candidates(node):
-            fewer = steps + sum(state.recipes[g].steps for g in candidate.gone) - candidate.steps
+            fewer = steps + sum(state.recipes[g].steps for g in candidate.gone) - candidate.recipe.steps
             if fewer <= 0 or not self.is_float(node, candidate.recipe):
                 continue
-            effort = state.effort(node, candidate.recipe)
+            cost, effort = state.price(node, candidate.recipe)
             if self._grows(node, candidate, effort, smaller):
                 continue
             smaller.append((candidate.gone, effort))
-            saved = state.saved((node, *candidate.gone), node, candidate.recipe, candidate.cost)
-            tie = TOLERANCE * max(cost, candidate.cost)
+            saved = state.saved((node, *candidate.gone), node, candidate.recipe, cost)
+            tie = TOLERANCE * max(apart, cost)
             if abs(saved) <= tie:
                 saved = 0.0  # a tie goes to fewer operators
             if saved - margin[0] > tie or (abs(saved - margin[0]) <= tie and fewer > margin[1]):

@@ -2,40 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from itertools import count
 from math import fsum
+from typing import NamedTuple
 
 from fxrep import affine
 from fxrep.cost import Aim
 from fxrep.equal import Equal
 from fxrep.errors import Refusal
 from fxrep.form import AffineForm
-from fxrep.frozen import frozen, lazily, replace
+from fxrep.frozen import replace
 from fxrep.lower import Emit, Recipe
 from fxrep.parts import ONE, Anchor, Gain, Part, Term, keep_apart
 from fxrep.plan import Decision, Plan, Problem
-from fxrep.pricing import Effort, Job, Pricer, Sizes, numbers_behind
+from fxrep.pricing import Effort, Job, Price, Pricer, Sizes, numbers_behind
 from fxrep.shapes import Shape
 
 
-@frozen()
-class Candidate:
+class Candidate(NamedTuple):
     """A recipe for a node with `absorbed` inlined, of which `gone` need not be computed any more."""
 
     recipe: Recipe
     absorbed: tuple[str, ...]
     gone: frozenset[str]
-    price: Callable[[], float]
     equal: tuple[Equal, ...] = ()
-
-    @lazily
-    def cost(self) -> float:
-        return self.price()
-
-    @property
-    def steps(self) -> int:
-        return self.recipe.steps
 
 
 class State:
@@ -73,9 +64,8 @@ class State:
 
     def _set(self, node: str, recipe: Recipe, written: bool = True) -> None:
         self.recipes[node] = recipe
-        self.costs[node] = self.cost(node, recipe)
+        self.costs[node], self.efforts[node] = self.price(node, recipe, written)
         self.seconds[node] = self._seconds(node, recipe)
-        self.efforts[node] = self.effort(node, recipe, written)
 
     def _seconds(self, node: str, recipe: Recipe) -> float:
         if self.pricer.aim.objective == "latency":
@@ -83,7 +73,10 @@ class State:
         return self.pricer.seconds(recipe, self.shapes[node], self.shapes.__getitem__)
 
     def cost(self, node: str, recipe: Recipe) -> float:
-        return self.pricer.cost(recipe, self.shapes[node], self.shapes.__getitem__)
+        return self.price(node, recipe).cost
+
+    def price(self, node: str, recipe: Recipe, written: bool = True) -> Price:
+        return self.pricer.price(recipe, self.shapes[node], self.shapes.__getitem__, written)
 
     def saved(self, replaced: Sequence[str], node: str, recipe: Recipe, cost: float) -> float:
         """What a recipe costs less than the values that it replaces; measured where the prediction is unsure."""
@@ -115,8 +108,8 @@ class State:
     def _job(self, node: str, recipe: Recipe) -> Job:
         return self.pricer.job(recipe, self.shapes[node], self.shapes.__getitem__)
 
-    def effort(self, node: str, recipe: Recipe, written: bool = True) -> Effort:
-        return self.pricer.effort(recipe, self.shapes[node], self.shapes.__getitem__, written)
+    def effort(self, node: str, recipe: Recipe) -> Effort:
+        return self.price(node, recipe).effort
 
     def numbers_behind(self, nodes: Collection[str]) -> int:
         """How many numbers the model computes values from, with all that is in them and computed for nobody else."""
