@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from itertools import chain
 from typing import Any
 
@@ -256,17 +257,11 @@ class _Interpreter:
         if module._modules or "forward" in vars(module):
             tensors = [*module.named_parameters(), *module.named_buffers()]
             doubles = {n: self._double(t) for n, t in tensors}
-            return self._computed(lambda *args, **kwargs: torch.func.functional_call(module, doubles, args, kwargs))
+            called = partial(torch.func.functional_call, module, doubles)
+            return partial(_within, self.mode, lambda *args, **kwargs: called(args, kwargs))
         scales = all(t is None or t.ndim < 2 for t in module._parameters.values())
         forward = self._twin(module).forward
-        return forward if scales else self._computed(forward)
-
-    def _computed(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        def computed(*args: Any, **kwargs: Any) -> Any:
-            with self.mode:
-                return function(*args, **kwargs)
-
-        return computed
+        return forward if scales else partial(_within, self.mode, forward)
 
     def _twin(self, module: nn.Module) -> nn.Module:
         twin: nn.Module = object.__new__(type(module))
@@ -281,3 +276,8 @@ class _Interpreter:
 
     def _double(self, tensor: Tensor) -> Tensor:
         return self.doubles.of(tensor) if tensor.is_floating_point() else tensor
+
+
+def _within(mode: InDouble, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    with mode:
+        return function(*args, **kwargs)
