@@ -21,7 +21,7 @@ from fxrep.evaluation import Doubles, evaluate
 from fxrep.fold import Folded, run, sketch_of, value_of
 from fxrep.frozen import lazily
 from fxrep.lower import Emit, Recipe
-from fxrep.maps import Maps
+from fxrep.maps import SIZES, Maps
 from fxrep.parts import Anchor
 from fxrep.plan import Decision
 from fxrep.readers import Readings, is_bypass
@@ -108,7 +108,7 @@ def _difference(region: Region, interpreter: _Interpreter) -> str | None:
     maps = Maps(region.replaced, emits, last, region.node_of, interpreter.readings, region.dims)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        for extra in (0, 1):
+        for extra in SIZES:
             mode.forget_products()
             interpreter.restart(maps.drawing(mode, extra, device))
             anchors = {s: interpreter.value(s) for s in sorted(region.sources)}

@@ -74,15 +74,14 @@ def evaluate(kernel: Kernel, leaf_value: LeafValue = in_float64, like: Tensor | 
     if isinstance(kernel, Leaf):
         return _leaf(kernel, leaf_value)
     order = topological((kernel,))
-    pending = _count_readers(order)
+    last = {id(operand): node for node in order for operand in node.operands}
     numbers: dict[int, Tensor] = {}
     kind = (torch.float64, _device(order)) if like is None else (like.dtype, like.device)
     for node in order:
         numbers[id(node)] = _number(node, leaf_value, [numbers[id(o)] for o in node.operands], *kind)
         for operand in node.operands:
-            pending[id(operand)] -= 1
-            if not pending[id(operand)]:  # temporaries die as soon as their last reader has run
-                del numbers[id(operand)]
+            if last[id(operand)] is node:  # temporaries die as soon as their last reader has run
+                numbers.pop(id(operand), None)
     return numbers[id(kernel)]
 
 
@@ -101,14 +100,6 @@ def _number(
 def _leaf(leaf: Leaf, leaf_value: LeafValue) -> Tensor:
     value = leaf_value(leaf)
     return value if leaf.axes is None else value.permute(leaf.axes)
-
-
-def _count_readers(order: Sequence[Kernel]) -> dict[int, int]:
-    count = {id(node): 0 for node in order}
-    for node in order:
-        for operand in node.operands:
-            count[id(operand)] += 1
-    return count
 
 
 def _device(order: Sequence[Kernel]) -> torch.device:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Sequence
 from functools import lru_cache
-from itertools import chain, count, repeat
-from typing import NamedTuple
+from itertools import chain, count
+from operator import attrgetter
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,6 +19,7 @@ from fxrep.shapes import Axis, Dim, Shape, Shapes, Size, free_axes
 from fxrep.sketch import channel_numbers
 
 SEED = 0x5EED
+SIZES = (0, 1)  # how much larger than the least the maps are
 MORE = 8  # how much larger a map may be than the least
 
 
@@ -55,8 +57,12 @@ class Along(NamedTuple):
         return (size + net - self.span - 1) // self.stride + 1
 
 
-#: By spatial axis: the terms of a result, and all that is run, the terms among it; each once.
-Read = tuple[tuple[tuple[Along, ...], tuple[Along, ...]], ...]
+#: The spatial sizes of what is read, and the geometry of what reads it, if it is an operator.
+Use = tuple[tuple[Dim | None, ...], tuple[Any, ...] | None]
+#: The terms of a result, and all that is run, the terms among it; each once.
+Read = tuple[tuple[Use, ...], tuple[Use, ...]]
+
+_geometry = attrgetter("pad_lo", "pad_hi", "dilation", "taps", "stride", "transposed", "mode")
 
 
 class Maps:
@@ -77,7 +83,7 @@ class Maps:
             for a, term in form.terms if isinstance(term, AffineConv) and term.dims == dims
         ]  # fmt: skip
         shapes = readings.facts.shapes
-        self.read: Read = tuple(zip(_along(terms, dims, shapes), _along(run, dims, shapes), strict=True))
+        self.sizes = self._sizes((_uses(terms, dims, shapes), _uses(run, dims, shapes)))
         whole = [(e.anchor.source, e.operator) for e in emits if e.operator and e.anchor.rows is None]
         self.channels = {source: operator.in_channels for source, operator in reversed(whole)}
 
@@ -87,7 +93,7 @@ class Maps:
         Each is a number per channel, the same at every size, times one map, so that convolutions of it cost little.
         """
         known, dims = self.readings.facts.shapes, self.dims
-        sizes, seeds = self._sizes(extra), count(SEED + extra, 2)
+        sizes, seeds = self.sizes[extra], count(SEED + extra, len(SIZES))
 
         def draw(name: str) -> Tensor:
             shape = _concrete(
@@ -98,11 +104,11 @@ class Maps:
 
         return draw
 
-    def _sizes(self, extra: int) -> dict[Axis, int]:
-        drawn, key = self.readings.drawn, (self.read, extra)
-        if key not in drawn:
-            drawn[key] = _axis_sizes(self.read, self.readings.facts.shapes, extra)
-        return drawn[key]
+    def _sizes(self, read: Read) -> Sequence[dict[Axis, int]]:
+        drawn, shapes = self.readings.drawn, self.readings.facts.shapes
+        if read not in drawn:
+            drawn[read] = [_axis_sizes(read, self.dims, shapes, extra) for extra in SIZES]
+        return drawn[read]
 
 
 @lru_cache(maxsize=32)
@@ -112,28 +118,28 @@ def _noise(shape: tuple[int, ...], seed: int) -> Tensor:
     return torch.randn(shape, generator=generator, dtype=torch.float64, device="cpu")
 
 
-def _along(read: Iterable[tuple[str, AffineConv | None]], dims: int, known: Shapes) -> list[tuple[Along, ...]]:
-    """By spatial axis: what is read along it, and how."""
+def _uses(read: Iterable[tuple[str, AffineConv | None]], dims: int, known: Shapes) -> tuple[Use, ...]:
     found = dict.fromkeys((source, None if op is None else _geometry(op)) for source, op in read)
-    return [
-        tuple(dict.fromkeys(Along(known.dim(known.of[s], i - dims), *(how[i] if how else ())) for s, how in found))
-        for i in range(dims)
-    ]
+    return tuple((tuple(known.dim(known.of[s], i - dims) for i in range(dims)), how) for s, how in found)
 
 
-def _geometry(op: AffineConv) -> tuple[tuple[int, int, int, int, bool, bool], ...]:
-    """By spatial axis, what `Along` tells of an operator."""
-    kind = repeat(op.transposed), repeat(op.mode != "zeros")
-    return tuple(zip(op.pad_lo, op.pad_hi, op.span, op.stride, *kind, strict=False))
+def _along(use: Use, i: int) -> Along:
+    """What is read along the spatial axis `i`, and how."""
+    sizes, geometry = use
+    if geometry is None:
+        return Along(sizes[i])
+    lo, hi, dilation, taps, stride, transposed, mode = geometry
+    return Along(sizes[i], lo[i], hi[i], dilation[i] * (taps[i] - 1), stride[i], transposed, mode != "zeros")
 
 
-def _axis_sizes(read: Read, known: Shapes, extra: int) -> dict[Axis, int]:
+def _axis_sizes(read: Read, dims: int, known: Shapes, extra: int) -> dict[Axis, int]:
     """The smallest sizes of the free axes for which every term has border and interior, and all give one size.
 
     The sides are kept apart, so that a fold which confuses them is seen.
     """
     sizes: dict[Axis, int] = {}
-    for i, (terms, run) in enumerate(read):
+    for i in range(dims):
+        terms, run = ([_along(use, i) for use in uses] for uses in read)
         least: dict[Dim | None, int] = {}
         for along in run:
             least[along.dim] = max(least.get(along.dim, 1), along.least)

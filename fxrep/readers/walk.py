@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
@@ -56,7 +56,7 @@ class Readings:
     #: what was found equal by its numbers
     equal: tuple[Equal, ...] = ()
     #: the sizes of free axes at which regions were drawn, by what was run for them: the blocks of a network are alike
-    drawn: dict[Any, dict[Axis, int]] = field(default_factory=dict)
+    drawn: dict[Any, Sequence[dict[Axis, int]]] = field(default_factory=dict)
 
     def is_value(self, node: Node) -> bool:
         return node.name not in self.facts.constants and node.name not in self.facts.scalars
