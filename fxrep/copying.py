@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from fxrep.errors import FxrepError
-from fxrep.trees import first_names, named_modules
+from fxrep.trees import COMMON, first_names, named_modules
 
 HOOKS = (
     "_forward_hooks", "_forward_pre_hooks", "_forward_hooks_with_kwargs", "_forward_pre_hooks_with_kwargs",
@@ -22,6 +22,7 @@ OWN_COPY = ("__deepcopy__", "__reduce__", "__reduce_ex__", "__getstate__", "__se
             "__getnewargs_ex__")  # fmt: skip
 
 ATOMS = frozenset((bool, int, float, complex, str, bytes, type(None), type))
+STORES = frozenset((dict, OrderedDict, set))
 
 
 def structural_copy(model: nn.Module) -> nn.Module:
@@ -80,10 +81,21 @@ def _copied(value: Any, memo: dict[int, Any]) -> Any:
         made = memo[id(value)] = value.copy()
     elif isinstance(value, nn.Module) and _is_plain(kind):
         made = memo[id(value)] = object.__new__(kind)
-        vars(made).update([(n, a if type(a) in ATOMS else _copied(a, memo)) for n, a in vars(value).items()])
+        _copy_attributes(vars(value), vars(made), memo)
     else:
         made = copy.deepcopy(value, memo)
     return made
+
+
+def _copy_attributes(attributes: dict[str, Any], into: dict[str, Any], memo: dict[int, Any]) -> None:
+    for name, value in attributes.items():
+        kind = type(value)
+        if kind in ATOMS:
+            into[name] = value
+        elif kind in STORES and not value and name in COMMON:  # most of what is in a module: no hooks, no buffers, …
+            into[name] = kind()
+        else:
+            into[name] = _copied(value, memo)
 
 
 _PLAIN: dict[type, bool] = {}

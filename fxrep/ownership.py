@@ -20,7 +20,7 @@ from fxrep.lower import Emit
 from fxrep.plan import Decision, Plan
 from fxrep.readers.walk import attribute_of
 from fxrep.refolding import refold
-from fxrep.trees import named_modules, own_attributes
+from fxrep.trees import named_modules
 
 
 class Ledger:
@@ -173,8 +173,8 @@ def own_tensors(result: nn.Module, model: nn.Module) -> None:
 
 
 def _stored(module: nn.Module) -> Iterable[Tensor]:
-    stores = (module._parameters, module._buffers, dict(own_attributes(module)))
-    return (t for store in stores for t in store.values() if isinstance(t, Tensor))
+    stores = (module._parameters, module._buffers, vars(module))
+    return [t for store in stores for t in store.values() if isinstance(t, Tensor)]
 
 
 def _copied(tensor: Tensor, memo: dict[int, Any]) -> Tensor:

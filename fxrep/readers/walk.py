@@ -226,13 +226,11 @@ def _note_constant(node: Node, facts: Facts) -> bool:
             return True
         return False
     operands = node.all_input_nodes
-    if node.op not in ("call_function", "call_method") or is_random(node):
+    if node.op not in ("call_function", "call_method") or any(o.name not in facts.constants for o in operands):
         return False
     if not operands and not isinstance(node.target, OpOverload):  # aten makes zeros and ones within the graph
         return False
-    if writes(node.target, node.kwargs):
-        return False
-    if any(o.name not in facts.constants for o in operands):
+    if is_random(node) or writes(node.target, node.kwargs):
         return False
     kernel = _computed(node, operands, facts)
     if kernel is not None:
