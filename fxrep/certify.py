@@ -18,7 +18,7 @@ from fxrep import kernel as K
 from fxrep.double import COMPUTED, CONVERTED, InDouble
 from fxrep.errors import Refusal
 from fxrep.evaluation import Doubles, evaluate
-from fxrep.fold import Folded, run, sketch_of, value_of
+from fxrep.fold import Caller, Folded, directly, run, sketch_of, value_of
 from fxrep.frozen import lazily
 from fxrep.lower import Emit, Recipe
 from fxrep.maps import SIZES, Maps
@@ -66,16 +66,18 @@ class Region:
         """The node of the graph that has the size of a source."""
         return self.terms[source].decision.at if source in self.terms else source
 
-    def proof(self, value: Callable[[str], Tensor], doubles: Doubles) -> list[Tensor]:
-        return run(self.decision.recipe, self.folded, self._operands(value, doubles))
+    def proof(self, value: Callable[[str], Tensor], doubles: Doubles, call: Caller) -> list[Tensor]:
+        return run(self.decision.recipe, self.folded, self._operands(value, doubles, call), call)
 
-    def value(self, value: Callable[[str], Tensor], doubles: Doubles) -> Tensor:
-        return value_of(self.decision.recipe, self.folded, self._operands(value, doubles), doubles)
+    def value(self, value: Callable[[str], Tensor], doubles: Doubles, call: Caller = directly) -> Tensor:
+        operands = self._operands(value, doubles, call)
+        return value_of(self.decision.recipe, self.folded, operands, doubles, call)
 
-    def _operands(self, value: Callable[[str], Tensor], doubles: Doubles) -> Callable[[Anchor], Tensor]:
+    def _operands(self, value: Callable[[str], Tensor], doubles: Doubles, call: Caller) -> Callable[[Anchor], Tensor]:
         def operand(anchor: Anchor) -> Tensor:
             term = self.terms.get(anchor.source)
-            return _rows(value(anchor.source) if term is None else term.value(value, doubles), anchor, self.dims)
+            found = value(anchor.source) if term is None else term.value(value, doubles, call)
+            return _rows(found, anchor, self.dims)
 
         return operand
 
@@ -112,8 +114,7 @@ def _difference(region: Region, interpreter: _Interpreter) -> str | None:
             mode.forget_products()
             interpreter.restart(maps.drawing(mode, extra, device))
             anchors = {s: interpreter.value(s) for s in sorted(region.sources)}
-            with mode:
-                got = region.proof(anchors.__getitem__, doubles)
+            got = region.proof(anchors.__getitem__, doubles, mode.call)
             is_term = wanted not in interpreter.nodes
             expected = region.value(anchors.__getitem__, doubles) if is_term else interpreter.value(wanted)
             fact = _compared(recipe, got, expected, anchors.values())

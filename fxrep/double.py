@@ -96,11 +96,15 @@ class InDouble(TorchFunctionMode):
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
-        if func in COMPUTED and args and isinstance(args[0], Tensor) and args[0].dtype == torch.float64:
-            if func is F.linear:
-                return self._linear(*args, **(kwargs or {}))
-            return self._convolve(func, *args, **(kwargs or {}))
-        return func(*args, **kwargs) if kwargs else func(*args)
+        return self.call(func, *args, **(kwargs or {}))
+
+    def call(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """What a call of the function gives while the mode is entered."""
+        if function in COMPUTED and args and isinstance(args[0], Tensor) and args[0].dtype == torch.float64:
+            if function is F.linear:
+                return self._linear(*args, **kwargs)
+            return self._convolve(function, *args, **kwargs)
+        return function(*args, **kwargs)
 
     def _convolve(
         self, function: Callable[..., Tensor], x: Tensor, weight: Tensor, bias: Tensor | None = None,

@@ -200,13 +200,21 @@ def _unfilled(kind: Any) -> Any:
     return type(kind.__name__, (kind,), {"reset_parameters": lambda self: None})
 
 
-def run(recipe: Recipe, folded: Mapping[int, Folded], values: Callable[[Anchor], Tensor]) -> list[Tensor]:
+#: Calls a function of torch: `call(F.conv2d, x, weight, ...)`.
+Caller = Callable[..., Tensor]
+
+
+def directly(function: Callable[..., Tensor], *args: Any) -> Tensor:
+    return function(*args)
+
+
+def run(recipe: Recipe, folded: Mapping[int, Folded], values: Callable[[Anchor], Tensor], call: Caller) -> list[Tensor]:
     """The proof of each part of the recipe on numbers: sketched where an operator is in it, else as it is."""
-    return [_run_part(part, folded, values, recipe.dims or 0) for part in recipe.parts]
+    return [_run_part(part, folded, values, recipe.dims or 0, call) for part in recipe.parts]
 
 
 def value_of(
-    recipe: Recipe, folded: Mapping[int, Folded], values: Callable[[Anchor], Tensor], doubles: Doubles
+    recipe: Recipe, folded: Mapping[int, Folded], values: Callable[[Anchor], Tensor], doubles: Doubles, call: Caller
 ) -> Tensor:
     """What the recipe gives on numbers, in float64."""
     dims, parts = recipe.dims or 0, []
@@ -215,7 +223,7 @@ def value_of(
         for emit in part:
             f = folded[id(emit)]
             weight, bias = in_layout(emit, lambda k, f=f: evaluate(k, doubles).to(f.like.device))  # type: ignore[misc]
-            terms.append(run_emit(emit, weight, bias, f.fill, values(emit.anchor), dims))
+            terms.append(run_emit(emit, weight, bias, f.fill, values(emit.anchor), dims, call))
         parts.append(sum(terms[1:], terms[0]))
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-dims - 1)
 
@@ -227,13 +235,13 @@ def sketch_of(part: Sequence[Emit]) -> tuple[int, int] | None:
 
 
 def _run_part(
-    part: Sequence[Emit], folded: Mapping[int, Folded], values: Callable[[Anchor], Tensor], dims: int
+    part: Sequence[Emit], folded: Mapping[int, Folded], values: Callable[[Anchor], Tensor], dims: int, call: Caller
 ) -> Tensor:
     sketch, axis = sketch_of(part), -dims - 1
     total = None
     for emit in part:
         f = folded[id(emit)]
-        term = run_emit(emit, *f.proof, f.fill, values(emit.anchor), dims)
+        term = run_emit(emit, *f.proof, f.fill, values(emit.anchor), dims, call)
         if sketch is not None:
             term = (
                 gathered(term, sketch[0], axis)
@@ -245,10 +253,13 @@ def _run_part(
     return total
 
 
-def run_emit(emit: Emit, weight: Tensor | None, bias: Tensor | None, fill: float, x: Tensor, dims: int) -> Tensor:
+def run_emit(
+    emit: Emit, weight: Tensor | None, bias: Tensor | None, fill: float, x: Tensor, dims: int,
+    call: Caller,
+) -> Tensor:  # fmt: skip
     """One term on numbers: a convolution, a scale, or x itself."""
     if emit.operator is not None:
-        return _run_operator(emit.operator, weight, bias, fill, x)
+        return _run_operator(emit.operator, weight, bias, fill, x, call)
     if weight is not None:
         x = x * (weight.reshape(-1, *(1,) * dims) if weight.ndim else weight)
     if bias is not None:
@@ -256,10 +267,12 @@ def run_emit(emit: Emit, weight: Tensor | None, bias: Tensor | None, fill: float
     return x
 
 
-def _run_operator(operator: AffineConv, weight: Tensor | None, bias: Tensor | None, fill: float, x: Tensor) -> Tensor:
+def _run_operator(
+    operator: AffineConv, weight: Tensor | None, bias: Tensor | None, fill: float, x: Tensor, call: Caller
+) -> Tensor:
     assert weight is not None
     if not operator.dims:
-        return F.linear(x, weight, bias)
+        return call(F.linear, x, weight, bias)
     if operator.transposed:
         extra = tuple(lo - hi for lo, hi in zip(operator.pad_lo, operator.pad_hi, strict=True))
         convolve = CONVOLVE_TRANSPOSED[operator.dims]
@@ -269,4 +282,4 @@ def _run_operator(operator: AffineConv, weight: Tensor | None, bias: Tensor | No
         mode = pad_mode(operator)
         x = F.pad(x, pad_arguments(operator), mode, fill if mode == "constant" else None)
     pads = operator.pad_lo if inside else 0
-    return CONVOLVE[operator.dims](x, weight, bias, operator.stride, pads, operator.dilation, operator.groups)
+    return call(CONVOLVE[operator.dims], x, weight, bias, operator.stride, pads, operator.dilation, operator.groups)
