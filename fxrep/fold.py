@@ -255,7 +255,7 @@ def _run_part(
 
 def run_emit(
     emit: Emit, weight: Tensor | None, bias: Tensor | None, fill: float, x: Tensor, dims: int,
-    call: Caller,
+    call: Caller = directly,
 ) -> Tensor:  # fmt: skip
     """One term on numbers: a convolution, a scale, or x itself."""
     if emit.operator is not None:
