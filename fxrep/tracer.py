@@ -8,6 +8,7 @@ import re
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from types import BuiltinFunctionType, FunctionType
 from typing import Any
 
 import torch
@@ -36,7 +37,9 @@ RANDOM_FACTORIES = (
     "rand", "randn", "randint", "randperm", "normal", "rand_like", "randn_like", "randint_like", "bernoulli",
 )  # fmt: skip
 #: Arguments, and containers of arguments, that are what they are for every tracer.
-PLAIN = frozenset((type(None), bool, int, float, str, tuple, list, dict, slice))
+ATOMS = frozenset((type(None), bool, int, float, str))
+PLAIN = ATOMS | {list, dict, slice}
+FUNCTIONS = frozenset((FunctionType, BuiltinFunctionType))
 
 
 class Watch(TorchFunctionMode):
@@ -55,6 +58,9 @@ class Watch(TorchFunctionMode):
         if getattr(func, "__name__", "") in RANDOM_FACTORIES:
             return self.tracer.create_proxy("call_function", func, args, kwargs)
         if any(issubclass(kind, fx.Proxy) for kind in types):  # what calling it would come to
+            if type(func) in FUNCTIONS and all(map(self._is_known, (*args, *kwargs.values()))):
+                kind, target = kind_and_target(func)
+                return self.tracer.create_proxy(kind, target, args, kwargs)
             return fx.Proxy.__torch_function__(func, types, args, kwargs)
         result = func(*args, **kwargs)
         if type(result) is Tensor:
@@ -62,6 +68,17 @@ class Watch(TorchFunctionMode):
         elif type(result) in (tuple, list) and all(type(piece) is Tensor for piece in result):
             self.tracer.remember_pieces(tuple(result), func, args, kwargs)
         return result
+
+    def _is_known(self, argument: Any) -> bool:
+        """Whether fx would find nothing in an argument, if it searched, but this tracer's own proxies."""
+        return type(argument) in ATOMS or (isinstance(argument, fx.Proxy) and argument.tracer is self.tracer)
+
+
+def kind_and_target(function: Any) -> tuple[str, Any]:
+    """How a graph calls a function of torch; a method by its name."""
+    if is_tensor_method_or_property(function):
+        return "call_method", function.__name__
+    return "call_function", function
 
 
 @dataclass(frozen=True)
@@ -78,14 +95,18 @@ class Remembered:
 
 
 class Stack(OrderedDict[str, Any]):
-    """The modules that are being called. fx copies it for every node; those between two calls share a copy."""
+    """The modules that are being called. fx would copy it for every node; those between two calls share a copy."""
 
     copied: OrderedDict[str, Any] | None = None
 
-    def __copy__(self) -> OrderedDict[str, Any]:
+    def shared(self) -> OrderedDict[str, Any]:
         if self.copied is None:
             self.copied = OrderedDict(self)
         return self.copied
+
+    def __bool__(self) -> bool:
+        """Whether fx has to copy it."""
+        return False
 
     def __setitem__(self, name: str, module: Any) -> None:
         self.copied = None
@@ -108,6 +129,8 @@ class Recorder(fx.Tracer):
         node.args = args
         if kwargs:
             node.kwargs = kwargs
+        if isinstance(self.module_stack, Stack) and len(self.module_stack):
+            node.meta["nn_module_stack"] = self.module_stack.shared()
         return node
 
     def proxy(self, node: fx.Node) -> Proxy:
@@ -222,7 +245,7 @@ class Tracer(Recorder):
 
     def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
         """A parameter as a proxy, found by identity in constant time (fx searches the whole model each time)."""
-        if not isinstance(attr_val, nn.Parameter) or id(attr_val) not in self.names:
+        if id(attr_val) not in self.names or not isinstance(attr_val, nn.Parameter):
             return attr_val
         return self._recorded(attr_val)
 
@@ -235,9 +258,14 @@ class Tracer(Recorder):
         return super().create_proxy(kind, target, args, kwargs, *rest, **options)
 
     def create_arg(self, a: Any) -> Any:
+        kind = type(a)
+        if kind is tuple:
+            return tuple([self.create_arg(entry) for entry in a])
         if isinstance(a, fx.Proxy):
             return a.node
-        if type(a) in PLAIN:  # which fx finds out last
+        if kind in ATOMS:
+            return a
+        if kind in PLAIN:  # which fx.Tracer finds out last
             return fx.proxy.TracerBase.create_arg(self, a)
         known = self.remembered.get(id(a)) if isinstance(a, Tensor) else None
         if id(a) in self.names or (known is not None and known.version == known.tensor._version):
@@ -269,11 +297,9 @@ class Tracer(Recorder):
             self.remember(piece, *call, piece=i)
 
     def _record(self, known: Remembered) -> fx.Proxy:
-        kind, target, args = "call_function", known.function, known.args
+        (kind, target), args = kind_and_target(known.function), known.args
         if known.function.__name__ == "__get__":  # a property, such as `T`
-            target, args = getattr, (*known.args[:1], known.function.__self__.__name__)
-        elif is_tensor_method_or_property(known.function):
-            kind, target = "call_method", known.function.__name__
+            kind, target, args = "call_function", getattr, (*known.args[:1], known.function.__self__.__name__)
         made = self.create_proxy(kind, target, args, {} if target is getattr else known.kwargs)
         if known.piece is None:
             return made
