@@ -152,8 +152,8 @@ class InDouble(TorchFunctionMode):
 def _contract(weight: Tensor, channels: Tensor, groups: int) -> Tensor:
     """weight (O, I/g, K) of any floating type, channels (I,) in float64 -> (O, K)."""
     if groups > 1:
-        read = channels.reshape(groups, -1).repeat_interleave(len(weight) // groups, 0)
-        return (weight.double() * read.unsqueeze(2)).sum(1)
+        each = weight.double().reshape(groups, -1, *weight.shape[1:]) * channels.reshape(groups, 1, -1, 1)
+        return each.sum(2).flatten(0, 1)
     out = channels.new_empty(len(weight), weight.shape[2])
     step = max(BLOCK // max(prod(weight.shape[1:]), 1), 1)
     for start in range(0, len(weight), step):

@@ -34,8 +34,12 @@ def rows_sketched(block: Tensor, start: int, channels: int, into: Tensor) -> Non
     if len(into) == 1:
         into.view(-1).addmv_(block.flatten(1).t(), u)
         return
-    groups = torch.arange(start, start + len(block), device=block.device) // (channels // len(into))
-    into.index_add_(0, groups, block * u.reshape(-1, *(1,) * (block.ndim - 1)))
+    rows = block * u.reshape(-1, *(1,) * (block.ndim - 1))
+    if len(into) == channels:
+        into[start : start + len(rows)] += rows
+        return
+    groups = torch.arange(start, start + len(rows), device=rows.device) // (channels // len(into))
+    into.index_add_(0, groups, rows)
 
 
 def sketched(value: Tensor, groups: int, axis: int, channels: int) -> Tensor:
