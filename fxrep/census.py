@@ -39,6 +39,7 @@ FUNCTIONS: dict[str, frozenset[object]] = {
     | {F.max_pool1d, F.max_pool2d, F.max_pool3d, aten.max_pool2d_with_indices.default},
 }
 KINDS = ("conv", "linear", "bn", "add", "mul", "pool")
+KINDS_OF = {target: [k for k in KINDS if target in FUNCTIONS[k]] for target in frozenset().union(*FUNCTIONS.values())}
 
 
 def census(graph: Graph, modules: Mapping[str, nn.Module], numbers: Collection[str] = ()) -> dict[str, int]:
@@ -88,5 +89,4 @@ def kinds(node: Node, modules: Mapping[str, nn.Module]) -> list[str]:
         module = modules[str(node.target)]
         inside = module.modules() if module._modules else (module,)
         return [kind for m in inside for kind, types in MODULES.items() if isinstance(m, types)]
-    target = canonical(node.target)
-    return [kind for kind, targets in FUNCTIONS.items() if node.op.startswith("call") and target in targets]
+    return KINDS_OF.get(canonical(node.target), []) if node.op.startswith("call") else []
