@@ -71,7 +71,10 @@ class Watch(TorchFunctionMode):
 
     def _is_known(self, argument: Any) -> bool:
         """Whether fx would find nothing in an argument, if it searched, but this tracer's own proxies."""
-        return type(argument) in ATOMS or (isinstance(argument, fx.Proxy) and argument.tracer is self.tracer)
+        kind = type(argument)
+        if kind in ATOMS or kind is Tensor or kind is nn.Parameter:
+            return True
+        return isinstance(argument, fx.Proxy) and argument.tracer is self.tracer
 
 
 def kind_and_target(function: Any) -> tuple[str, Any]:
@@ -122,10 +125,12 @@ class Recorder(fx.Tracer):
 
     #: the parameters and buffers of the root by name, before their reading is recorded
     tensors: Mapping[str, Tensor] = {}
+    #: the last node that was recorded
+    latest: fx.Node | None = None
 
     def create_node(self, kind: str, target: Any, args: Any, kwargs: Any, *rest: Any, **options: Any) -> fx.Node:
         """With its arguments set afterwards: given at once, fx searches them for sizes that only Dynamo traces."""
-        node = super().create_node(kind, target, (), {}, *rest, **options)
+        node = self.latest = super().create_node(kind, target, (), {}, *rest, **options)
         node.args = args
         if kwargs:
             node.kwargs = kwargs
@@ -190,7 +195,7 @@ class Tracer(Recorder):
 
     def call_module(self, m: nn.Module, forward: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The module's result; one whose forward fails on proxies is called as a whole, as if it had been a leaf."""
-        before, depth = next(iter(reversed(self.graph.nodes)), None), len(self.module_stack)
+        before, depth = self.latest, len(self.module_stack)
         known = len(self.failures)
         try:
             result = super().call_module(m, forward, args, kwargs)
@@ -242,6 +247,7 @@ class Tracer(Recorder):
         while (last := next(iter(reversed(self.graph.nodes)), None)) is not before and last is not None:
             self.graph.erase_node(last)
             self.recorded = {key: proxy for key, proxy in self.recorded.items() if proxy.node is not last}
+        self.latest = before
 
     def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
         """A parameter as a proxy, found by identity in constant time (fx searches the whole model each time)."""
@@ -263,7 +269,7 @@ class Tracer(Recorder):
             return tuple([self.create_arg(entry) for entry in a])
         if isinstance(a, fx.Proxy):
             return a.node
-        if kind in ATOMS:
+        if kind in ATOMS or (kind is dict and not a):
             return a
         if kind in PLAIN:  # which fx.Tracer finds out last
             return fx.proxy.TracerBase.create_arg(self, a)
