@@ -61,7 +61,7 @@ def _positive(node: Kernel, operands: dict[int, Kernel]) -> Kernel:
             return tuple(map(swapped, value))
         return operands[id(value)] if isinstance(value, Kernel) else value
 
-    return type(node)(**{name: swapped(value) for name, value in arguments(node).items()})
+    return type(node)(*map(swapped, arguments(node)))
 
 
 def evaluate(kernel: Kernel, leaf_value: LeafValue = in_float64, like: Tensor | None = None) -> Tensor:

@@ -46,11 +46,10 @@ def replace(value: T, **changes: Any) -> T:
     return made
 
 
-def arguments(value: Any) -> dict[str, Any]:
-    """What the value was made with, by name."""
+def arguments(value: Any) -> tuple[Any, ...]:
+    """What the value was made with."""
     kind: Any = type(value)
-    places, read = _arguments(kind)
-    return dict(zip(places, read(value), strict=True))
+    return _arguments(kind)[1](value)
 
 
 @cache

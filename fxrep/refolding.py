@@ -322,7 +322,7 @@ class _Changed:
             return self.change(node)
         if not node.operands:
             return node
-        return type(node)(**{name: self._swapped(value) for name, value in arguments(node).items()})
+        return type(node)(*map(self._swapped, arguments(node)))
 
     def _swapped(self, value: Any) -> Any:
         if isinstance(value, Kernel):

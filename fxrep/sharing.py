@@ -46,7 +46,7 @@ class Keys:
 
     def _of_layer(self, emit: Emit) -> Any:
         op = emit.operator
-        geometry = () if op is None else tuple(map(self._plain, arguments(op).values()))
+        geometry = () if op is None else tuple(map(self._plain, arguments(op)))
         kernels = tuple(None if k is None else self.of(k) for k in (emit.gain, emit.bias))
         return geometry, kernels, emit.anchor.rows
 
@@ -54,7 +54,7 @@ class Keys:
         for node in () if id(kernel) in self.of_kernel else K.topological((kernel,)):
             if id(node) not in self.of_kernel:
                 self.held.append(node)
-                content = tuple(map(self._plain, arguments(node).values()))
+                content = tuple(map(self._plain, arguments(node)))
                 self.of_kernel[id(node)] = self._number((type(node), content))
         return self.of_kernel[id(kernel)]
 

@@ -189,9 +189,11 @@ class Tracer(Recorder):
         return super().is_leaf_module(m, module_qualified_name)
 
     def proxy(self, node: fx.Node) -> Proxy:
-        name = str(node.target)
-        is_rest = node.op == "placeholder" and name.startswith("*") and node.prev.op == "placeholder"
-        return Rest(node, self) if is_rest and name.lstrip("*") not in self.examples else super().proxy(node)
+        if node.op == "placeholder" and node.prev.op == "placeholder":
+            name = str(node.target)
+            if name.startswith("*") and name.lstrip("*") not in self.examples:
+                return Rest(node, self)
+        return super().proxy(node)
 
     def call_module(self, m: nn.Module, forward: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The module's result; one whose forward fails on proxies is called as a whole, as if it had been a leaf."""
