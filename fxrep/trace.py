@@ -69,7 +69,6 @@ def untraceable(name: str, reason: str, hint: str = "") -> Refusal:
 def _finished(
     root: nn.Module, graph: fx.Graph, kept: Mapping[str, str], modules: list[tuple[str, nn.Module]]
 ) -> Traced:
-    graph.lint()
     for node in graph.nodes:
         if isinstance(node.type, str):  # a postponed annotation, which fx would write into its code as it stands
             node.type = None

@@ -168,6 +168,8 @@ class Tracer(Recorder):
         #: what could not be traced; a forward may go on after it, by an `except` of its own
         self.failures: list[Exception] = []
         self.module_stack = Stack()
+        #: what was taken back; a forward may have kept it
+        self.erased: set[fx.Node] = set()
 
     def trace(self, root: Any, concrete_args: dict[str, Any] | None = None) -> fx.Graph:
         if isinstance(root, nn.Module):
@@ -248,6 +250,7 @@ class Tracer(Recorder):
         """Takes back what was recorded after the node `before`."""
         while (last := next(iter(reversed(self.graph.nodes)), None)) is not before and last is not None:
             self.graph.erase_node(last)
+            self.erased.add(last)
             self.recorded = {key: proxy for key, proxy in self.recorded.items() if proxy.node is not last}
         self.latest = before
 
@@ -270,7 +273,7 @@ class Tracer(Recorder):
         if kind is tuple:
             return tuple([self.create_arg(entry) for entry in a])
         if isinstance(a, fx.Proxy):
-            return a.node
+            return self._own(a)
         if kind in ATOMS or (kind is dict and not a):
             return a
         if kind in PLAIN:  # which fx.Tracer finds out last
@@ -279,6 +282,14 @@ class Tracer(Recorder):
         if id(a) in self.names or (known is not None and known.version == known.tensor._version):
             return self._recorded(a).node
         return super().create_arg(a)
+
+    def _own(self, proxy: fx.Proxy) -> fx.Node:
+        """The node of a proxy. Raises TraceError where it is not of this graph, or no longer."""
+        node = proxy.node
+        if proxy.tracer is self and node not in self.erased:
+            return node
+        self.failures.append(fx.proxy.TraceError("it uses a value that was kept from a trace that failed, or is over"))
+        raise self.failures[-1]
 
     def _recorded(self, tensor: Tensor) -> fx.Proxy:
         """The proxy of a parameter, a buffer, or of what was computed from buffers: one each."""

@@ -151,6 +151,35 @@ def test_a_scripted_module_stays_whole() -> None:
     assert collapsed.report.after["bn"] == 0
 
 
+class Leaving(Branching):
+    """Leaves a value where another forward finds it, before it branches."""
+
+    left: list[Tensor]
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.left.append(2 * x)
+        return super().forward(x)
+
+
+class Finding(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.bn, self.leaving, self.left = conv(), bn(), Leaving(), []
+        self.leaving.left = self.left
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.leaving(self.bn(self.conv(x)))
+        return y + self.left.pop()
+
+
+def test_a_value_of_a_trace_that_failed_is_in_no_graph() -> None:
+    network, collapsed = collapse(Finding())
+    for size in SIZES:
+        equal_results(collapsed, network, draw(*size))
+    assert any("kept from a trace that failed" in refusal.reason for refusal in collapsed.report.refusals)
+    assert collapsed.report.after["bn"] == 0, "what is inside is collapsed all the same"
+
+
 def test_a_forward_replaced_on_the_instance_is_what_runs() -> None:
     network = Case("patched", around(nn.Identity()).eval).network()
     network[0].forward = types.MethodType(lambda self, x: 2 * F.conv2d(x, self.weight, padding=1), network[0])
