@@ -20,7 +20,8 @@ _INSIDE = ("torch.fx.", "torch.nn.parameter.", "torch.nn.modules.module.", "torc
 #: Those of them that ask most often: they keep Python's own functions, so that it costs them nothing.
 _OFTEN = """
     torch.fx.graph torch.fx.node torch.fx.proxy torch.fx._symbolic_trace torch.overrides torch.utils._pytree
-    torch.nn.modules.module torch.nn.parameter fxrep.tracer fxrep.proxies fxrep.readers.registry fxrep.readers.walk
+    torch.nn.modules.module torch.nn.parameter
+    fxrep.tracer fxrep.recorder fxrep.proxies fxrep.readers.registry fxrep.readers.walk
 """
 
 
@@ -38,7 +39,8 @@ def asked() -> Iterator[None]:
         yield
     finally:
         for names in inside:
-            names.pop("isinstance", None), names.pop("hasattr", None)
+            names.pop("isinstance", None)
+            names.pop("hasattr", None)
         for name, function in before.items():
             setattr(builtins, name, function)
 

@@ -222,8 +222,7 @@ class Candidates:
         """
         read = (self.state.recipes.get(source) for source in recipe.form.sources)
         return (
-            recipe.convolutions > 0
-            or node in self.state.hosts
+            node in self.state.hosts
             or all(e.is_pass or e.is_pad for e in recipe.emits)
             or any(r is not None and _has_floats(r) for r in (recipe, *read))
         )

@@ -312,14 +312,8 @@ def take(kernel: Kernel, index: tuple[int, ...]) -> Kernel:
 
 def leaves(*kernels: Kernel | None) -> Iterator[Leaf]:
     """Every distinct leaf under `kernels`, in a fixed order."""
-    found: dict[int, Kernel] = {}
-    todo = [k for k in reversed(kernels) if k is not None]
-    while todo:
-        node = todo.pop()
-        if id(node) not in found:
-            found[id(node)] = node
-            todo += reversed(node.operands)
-    return iter([node for node in found.values() if isinstance(node, Leaf)])
+    orders = (topological((k,)) for k in kernels if k is not None)
+    return iter({id(node): node for order in orders for node in order if isinstance(node, Leaf)}.values())
 
 
 def topological(kernels: Sequence[Kernel | None]) -> Sequence[Kernel]:

@@ -97,9 +97,6 @@ def merge_where(accepted: Callable[[Term, Term, Term], bool]) -> Join:
 
     def join(terms: dict[Anchor, Term], anchor: Anchor, term: Term) -> None:
         apart = [(a, terms.pop(a)) for a in tuple(terms) if a.source == anchor.source]
-        if not apart:
-            terms[anchor.unslotted] = term
-            return
         todo = [(anchor, term)]
         while todo:
             new = todo.pop()

@@ -72,7 +72,7 @@ class Effort(NamedTuple):
         return ", ".join(f"{a:,.0f} {name} (apart {b:,.0f})" for a, b, name in self._more(other))
 
     def exceeds(self, other: Effort) -> bool:
-        return any(own > most * (1 + ROUNDING) for own, most in zip(self, other, strict=True))
+        return any(True for _ in self._more(other))
 
     def _more(self, other: Effort) -> Iterator[tuple[float, float, str]]:
         names = "layers", "additions", "multiply-adds", "weights"
@@ -173,8 +173,6 @@ class Pricer:
 
 def _joining(recipe: Recipe, result: tuple[int, ...]) -> list[Work]:
     """The additions of terms, and the concatenation of parts."""
-    if len(recipe.emits) == 1:
-        return []
     written = float(prod(result))
     works = [Work(elements=3 * written / len(recipe.parts), steps=1)] * recipe.additions
     return works + ([Work(elements=2 * written, steps=1)] if len(recipe.parts) > 1 else [])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import field, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -53,7 +53,7 @@ def columns_first(weight: Tensor, groups: int) -> Tensor:
     return weight.reshape(groups, rows // groups, columns, *taps).transpose(1, 2).flatten(0, 1).contiguous()
 
 
-@frozen()
+@dataclass(frozen=True)
 class Draft:
     """The folds of one graph by the names of their targets, what had to be equal for them, and constant indices."""
 
@@ -62,7 +62,7 @@ class Draft:
     indices: Sequence[Tensor]
 
 
-@frozen()
+@dataclass(frozen=True)
 class FoldPlan:
     """How each tensor of a collapsed model comes from those of its original; `print(plan)` shows the map of keys."""
 
@@ -195,7 +195,7 @@ def refold(collapsed: nn.Module, model: nn.Module) -> None:
     plan.refold(collapsed, model)
 
 
-@frozen()
+@dataclass(frozen=True)
 class Architecture:
     """What another model must have in common with the one that was collapsed."""
 

@@ -22,9 +22,9 @@ from fxrep.ownership import Collapsed
 from fxrep.plan import Decision, Plan
 from fxrep.readers import Readings, is_bypass
 from fxrep.readers.sizes import ASSERTS
+from fxrep.recorder import Recorder
 from fxrep.refolding import DRAFT, Draft, Fold
 from fxrep.shapes import Dim, Product, Size
-from fxrep.tracer import Recorder
 
 PROVENANCE = "fxrep_provenance"
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import inspect
 import operator
 import re
-from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from types import BuiltinFunctionType, FunctionType
@@ -18,27 +17,20 @@ from torch.utils._pytree import tree_leaves
 
 from fxrep.asking import asked
 from fxrep.kinds import KIND, kind_of
-from fxrep.proxies import (
-    IS_CONSTANT,
-    VALUE,
-    ConstantProxy,
-    Pieces,
-    Proxy,
-    Rest,
-    count_of_pieces,
-    is_constant,
-    reaches_parameter,
-)
+from fxrep.proxies import Proxy, Rest, reaches_parameter
 from fxrep.readers import is_hooked
 from fxrep.readers.walk import writes
+from fxrep.recorder import Recorder, Stack
 from fxrep.trees import buffers, named_modules, parameters
 
 RANDOM_FACTORIES = (
     "rand", "randn", "randint", "randperm", "normal", "rand_like", "randn_like", "randint_like", "bernoulli",
 )  # fmt: skip
-#: Arguments, and containers of arguments, that are what they are for every tracer.
 ATOMS = frozenset((type(None), bool, int, float, str))
+#: Arguments, and containers of arguments, that are what they are for every tracer.
 PLAIN = ATOMS | {list, dict, slice}
+#: Arguments in which there is no proxy.
+NO_PROXIES = ATOMS | {Tensor, nn.Parameter}
 FUNCTIONS = frozenset((FunctionType, BuiltinFunctionType))
 
 
@@ -71,8 +63,7 @@ class Watch(TorchFunctionMode):
 
     def _is_known(self, argument: Any) -> bool:
         """Whether fx would find nothing in an argument, if it searched, but this tracer's own proxies."""
-        kind = type(argument)
-        if kind in ATOMS or kind is Tensor or kind is nn.Parameter:
+        if type(argument) in NO_PROXIES:
             return True
         return isinstance(argument, fx.Proxy) and argument.tracer is self.tracer
 
@@ -95,56 +86,6 @@ class Remembered:
     kwargs: dict[str, Any]
     #: which one it is, of several that the function gives
     piece: int | None = None
-
-
-class Stack(OrderedDict[str, Any]):
-    """The modules that are being called. fx would copy it for every node; those between two calls share a copy."""
-
-    copied: OrderedDict[str, Any] | None = None
-
-    def shared(self) -> OrderedDict[str, Any]:
-        if self.copied is None:
-            self.copied = OrderedDict(self)
-        return self.copied
-
-    def __bool__(self) -> bool:
-        """Whether fx has to copy it."""
-        return False
-
-    def __setitem__(self, name: str, module: Any) -> None:
-        self.copied = None
-        super().__setitem__(name, module)
-
-    def popitem(self, last: bool = True) -> tuple[str, Any]:
-        self.copied = None
-        return super().popitem(last)
-
-
-class Recorder(fx.Tracer):
-    """A tracer that sees writes; a pickled result is traced again by it when it is loaded."""
-
-    #: the parameters and buffers of the root by name, before their reading is recorded
-    tensors: Mapping[str, Tensor] = {}
-    #: the last node that was recorded
-    latest: fx.Node | None = None
-
-    def create_node(self, kind: str, target: Any, args: Any, kwargs: Any, *rest: Any, **options: Any) -> fx.Node:
-        """With its arguments set afterwards: given at once, fx searches them for sizes that only Dynamo traces."""
-        node = self.latest = super().create_node(kind, target, (), {}, *rest, **options)
-        node.args = args
-        if kwargs:
-            node.kwargs = kwargs
-        if isinstance(self.module_stack, Stack) and len(self.module_stack):
-            node.meta["nn_module_stack"] = self.module_stack.shared()
-        return node
-
-    def proxy(self, node: fx.Node) -> Proxy:
-        if node.op == "get_attr" and str(node.target) in self.tensors:
-            node.meta[VALUE] = self.tensors[str(node.target)]
-        node.meta[IS_CONSTANT] = is_constant(node)
-        if count_of_pieces(node):
-            return Pieces(node, self)
-        return (ConstantProxy if node.meta[IS_CONSTANT] else Proxy)(node, self)
 
 
 class Tracer(Recorder):
@@ -199,7 +140,7 @@ class Tracer(Recorder):
 
     def call_module(self, m: nn.Module, forward: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The module's result; one whose forward fails on proxies is called as a whole, as if it had been a leaf."""
-        before, depth = self.latest, len(self.module_stack)
+        before, depth = self._latest(), len(self.module_stack)
         known = len(self.failures)
         try:
             result = super().call_module(m, forward, args, kwargs)
@@ -248,11 +189,14 @@ class Tracer(Recorder):
 
     def _forget_since(self, before: fx.Node | None) -> None:
         """Takes back what was recorded after the node `before`."""
-        while (last := next(iter(reversed(self.graph.nodes)), None)) is not before and last is not None:
+        while (last := self._latest()) is not before and last is not None:
             self.graph.erase_node(last)
             self.erased.add(last)
             self.recorded = {key: proxy for key, proxy in self.recorded.items() if proxy.node is not last}
-        self.latest = before
+
+    def _latest(self) -> fx.Node | None:
+        """The last node that was recorded."""
+        return next(iter(reversed(self.graph.nodes)), None)
 
     def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
         """A parameter as a proxy, found by identity in constant time (fx searches the whole model each time)."""

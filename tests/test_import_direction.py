@@ -31,6 +31,7 @@ ORDER = (
     "proxies",
     "kinds",
     "asking",
+    "recorder",
     "tracer",
     "metadata",
     "trace",

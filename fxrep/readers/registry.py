@@ -18,7 +18,6 @@ from fxrep import form as forms
 from fxrep import kernel as K
 from fxrep.errors import Illegal, Refusal
 from fxrep.form import AffineForm
-from fxrep.frozen import frozen
 from fxrep.kernel import Kernel
 from fxrep.shapes import Dim, Shape, Shapes
 
@@ -38,7 +37,7 @@ _SCHEMA_NAMES = {
 _NO_MEANING = frozenset({"cudnn_enabled", "memory_format", "implicit", "non_blocking"})
 
 
-@frozen()
+@dataclass(frozen=True)
 class First:
     """The first of the results of an op that gives several: what `getitem(op(…), 0)` is registered as."""
 
@@ -114,14 +113,14 @@ class Facts:
     parts: dict[str, str] = field(default_factory=dict)
 
 
-@frozen()
+@dataclass(frozen=True)
 class SizesOf:
     """`x.shape` of a value whose rank is not known: only axes counted from the end can be told."""
 
     shape: Shape
 
 
-@frozen()
+@dataclass(frozen=True)
 class Atom:
     """A piece of one axis of a value: `size` entries, `stride` apart. A whole axis has stride 1 and all of its size."""
 
@@ -130,7 +129,7 @@ class Atom:
     stride: Fraction = Fraction(1)
 
 
-@frozen()
+@dataclass(frozen=True)
 class Layout:
     """A view: its axes, each a row-major product of pieces of the axes of `source`."""
 
